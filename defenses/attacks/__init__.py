@@ -1,0 +1,6 @@
+"""Attacks by name, behind one interface: model, x, y -> x_adv."""
+
+from defenses.attacks.examples import AdversarialExamples, craft, fools
+from defenses.attacks.registry import ATTACKS, Attack, AttackUnknown, attack
+
+__all__ = ["ATTACKS", "AdversarialExamples", "Attack", "AttackUnknown", "attack", "craft", "fools"]

@@ -1,0 +1,195 @@
+"""The protected classifier as one ONNX graph: the classifier's own graph twice, the fitted parts around it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.version_converter
+import torch
+from onnx import NodeProto, TensorProto, ValueInfoProto, helper
+from torch import Tensor, nn
+
+from defenses.protected import ProtectedClassifier
+
+OLDEST_OPSET = 18
+"""What the exporter of the fitted parts writes at least; an older classifier graph is brought up to it."""
+
+EXTERNAL_DATA_BYTES = 2**30
+
+OUTPUTS = (
+    "logits",
+    "class_index",
+    "score",
+    "alert",
+    "undefended_logits",
+    "undefended_class_index",
+    "purified",
+)
+
+
+def export_protected(protected: ProtectedClassifier) -> onnx.ModelProto:
+    """Compose the graph of a protected classifier.
+
+    Input ``image``: FP32 (N, C, H, W) in [0, 1]. Outputs: ``logits`` FP32 (N, K), ``class_index`` INT64 (N,),
+    ``score`` FP32 (N,), ``alert`` BOOL (N,), ``undefended_logits``, ``undefended_class_index`` and ``purified``.
+    ``noise_scale`` is an initializer that a caller may override, 1 by default; 0 switches all noise off. The
+    classifier's nodes stand in the graph twice, on the raw and on the purified image, and share their weights.
+    """
+    classifier = _at_least(protected.classifier.model, OLDEST_OPSET)
+    opset = _opset(classifier)
+    config = protected.detector.config
+    shape = protected.classifier.image_shape
+    image, noise = torch.rand(2, *shape), torch.ones(())
+    with torch.no_grad():
+        logits, activations = protected.classifier.logits_and_features(image, config.layer)
+    purifier = _export(protected.purifier, {"image": image, "noise_scale": noise}, "purified", opset)
+    detector = _export(protected.detector, {"activations": activations, "logits": logits}, "score", opset)
+
+    layer = protected.classifier.resolve_layer(config.layer).name
+    raw = {"image": "image", "logits": "undefended_logits"}
+    purified = {"image": "purified", "logits": "logits"}
+    watched = raw if config.inspects == "raw" else purified
+    tapped = watched.get(layer, f"{config.inspects}/{layer}")
+    nodes = [
+        *_instance(purifier, "purifier/", {"image": "image", "noise_scale": "noise_scale", "purified": "purified"}),
+        *_instance(classifier, "raw/", raw, shared="classifier/"),
+        *_instance(classifier, "purified/", purified, shared="classifier/"),
+        *_instance(detector, "detector/", {"activations": tapped, "logits": "logits", "score": "score"}),
+        helper.make_node("ArgMax", ["logits"], ["class_index"], "class_index", axis=1, keepdims=0),
+        helper.make_node("Greater", ["score", "threshold"], ["alert"], "alert"),
+        helper.make_node(
+            "ArgMax", ["undefended_logits"], ["undefended_class_index"], "undefended_class_index", axis=1, keepdims=0
+        ),
+    ]
+    initializers = [
+        *_initializers(purifier, "purifier/"),
+        *_initializers(classifier, "classifier/"),
+        *_initializers(detector, "detector/"),
+        helper.make_tensor("threshold", TensorProto.FLOAT, [], [float(protected.threshold)]),
+        helper.make_tensor("noise_scale", TensorProto.FLOAT, [], [1.0]),
+    ]
+    classes = protected.classifier.classes
+    inputs = [_value("image", TensorProto.FLOAT, "N", *shape), _value("noise_scale", TensorProto.FLOAT)]
+    outputs = [
+        _value("logits", TensorProto.FLOAT, "N", classes),
+        _value("class_index", TensorProto.INT64, "N"),
+        _value("score", TensorProto.FLOAT, "N"),
+        _value("alert", TensorProto.BOOL, "N"),
+        _value("undefended_logits", TensorProto.FLOAT, "N", classes),
+        _value("undefended_class_index", TensorProto.INT64, "N"),
+        _value("purified", TensorProto.FLOAT, "N", *shape),
+    ]
+    graph = helper.make_graph(nodes, "protected", inputs, outputs, initializers)
+    domains = {entry.domain: entry.version for part in (purifier, detector, classifier) for entry in part.opset_import}
+    model = helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid(domain, version) for domain, version in domains.items()],
+        ir_version=max(part.ir_version for part in (purifier, detector, classifier)),
+        producer_name="portcullis",
+    )
+    onnx.checker.check_model(model)
+    return model
+
+
+class ExportBroken(ValueError):
+    """An exported graph does not compute what the fitted modules compute."""
+
+    def __init__(self, output: str, difference: float, tolerance: float) -> None:
+        self.output = output
+        self.difference = difference
+        super().__init__(
+            f"The exported graph's {output} differs from torch's by {difference:.3g}; expected at most {tolerance:.3g}."
+        )
+
+
+@torch.no_grad()
+def check_export(model: onnx.ModelProto, protected: ProtectedClassifier, x: Tensor, tolerance: float = 1e-3) -> float:
+    """Compare the graph on ONNX Runtime with torch, noise off, on images (N, C, H, W) in [0, 1].
+
+    Returns the largest difference among logits, scores, purified image and bare logits, each relative to the larger
+    of 1 and its own largest value. Raises ``ExportBroken`` above ``tolerance``.
+    """
+    import onnxruntime
+
+    names = ["logits", "score", "purified", "undefended_logits"]
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    values = session.run(names, {"image": x.numpy(), "noise_scale": np.zeros((), np.float32)})
+    output = protected(x, torch.zeros(()))
+    expected = [output.logits, output.scores, output.purified, output.undefended_logits]
+    worst = 0.0
+    for name, value, wanted in zip(names, values, expected, strict=True):
+        scale = max(1.0, float(wanted.abs().max()))
+        difference = float((torch.from_numpy(value) - wanted).abs().max()) / scale
+        if not difference <= tolerance:
+            raise ExportBroken(name, difference, tolerance)
+        worst = max(worst, difference)
+    return worst
+
+
+def save_graph(model: onnx.ModelProto, path: Path) -> None:
+    """Write a graph to ``path``; weights above 1 GiB go to a ``.data`` file beside it."""
+    external = model.ByteSize() > EXTERNAL_DATA_BYTES
+    onnx.save_model(model, path, save_as_external_data=external, location=f"{path.name}.data" if external else None)
+
+
+def _export(module: nn.Module, inputs: dict[str, Tensor], output: str, opset: int) -> onnx.ModelProto:
+    program = torch.onnx.export(
+        module.cpu(),
+        tuple(inputs.values()),
+        input_names=list(inputs),
+        output_names=[output],
+        opset_version=opset,
+        dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} if value.ndim else None for value in inputs.values()),
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    model: onnx.ModelProto = program.model_proto
+    return model
+
+
+def _at_least(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    return model if _opset(model) >= opset else onnx.version_converter.convert_version(model, opset)
+
+
+def _opset(model: onnx.ModelProto) -> int:
+    return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+
+
+def _instance(
+    model: onnx.ModelProto, prefix: str, names: dict[str, str], shared: str | None = None
+) -> Sequence[NodeProto]:
+    """Copy a graph's nodes with every value renamed: by ``names``, else by prefix; weights by ``shared``."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+
+    def renamed(name: str) -> str:
+        if not name:
+            return name
+        if name in weights:
+            return (shared or prefix) + name
+        return names.get(name, prefix + name)
+
+    nodes = []
+    for original in model.graph.node:
+        node = NodeProto()
+        node.CopyFrom(original)
+        node.name = prefix + node.name
+        node.input[:] = [renamed(name) for name in original.input]
+        node.output[:] = [renamed(name) for name in original.output]
+        nodes.append(node)
+    return nodes
+
+
+def _initializers(model: onnx.ModelProto, prefix: str) -> Sequence[TensorProto]:
+    tensors = []
+    for original in model.graph.initializer:
+        tensor = TensorProto()
+        tensor.CopyFrom(original)
+        tensor.name = prefix + tensor.name
+        tensors.append(tensor)
+    return tensors
+
+
+def _value(name: str, kind: int, *shape: str | int) -> ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, list(shape))

@@ -1,0 +1,1 @@
+"""The history of the alert log's tables, run by Alembic."""

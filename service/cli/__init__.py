@@ -1,0 +1,30 @@
+"""The command line."""
+
+import os
+
+import typer
+
+from service.cli import fitting, measuring, serving, storing
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Put an image classifier behind a defense.")
+
+
+@app.callback()
+def main() -> None:
+    """Put an image classifier behind a defense."""
+    # Both must be set before torch or foolbox is imported, unless the user has set them already.
+    # Threads that spin while they wait slow everything else on a machine with few cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # foolbox imports GitPython, which fails where git is not installed.
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+
+app.command()(serving.demo)
+app.command()(serving.serve)
+app.command()(storing.register)
+app.add_typer(fitting.app, name="fit")
+app.command()(measuring.evaluate)
+app.command()(storing.promote)
+app.command()(storing.models)
+app.command()(storing.verify)
+app.command()(serving.alerts)

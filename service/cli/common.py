@@ -1,0 +1,52 @@
+"""What the commands share: options, the settings, and how a failure is told."""
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from model_store import Store, StoreError
+from service.repository import MODELS
+from service.settings import Settings
+
+StoreOption = Annotated[
+    Path | None, typer.Option("--store", help="Folder of the model store.", show_default="var/store")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DataOption = Annotated[
+    list[str], typer.Option("--data", help="A folder, a zip (repeat for several), digits, or torchvision:NAME.")
+]
+DataRootOption = Annotated[Path, typer.Option(help="Where torchvision data sets are kept.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of the splits, the training and the attacks.")]
+
+
+@contextmanager
+def failures_told() -> Iterator[None]:
+    """Turn an error that has a sentence to say into that sentence and exit status 1."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        typer.echo(f"portcullis: {error}. This command needs more: pip install 'portcullis[fit]'.", err=True)
+        raise typer.Exit(1) from error
+    except (StoreError, ValueError, ArithmeticError, LookupError, OSError) as error:
+        typer.echo(f"portcullis: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def settings_with(**given: Any) -> Settings:
+    """Return the settings of the environment, with those given put in their place."""
+    return Settings(**{name: value for name, value in given.items() if value is not None})
+
+
+def open_models(store: Path | None) -> Store:
+    """Return the store of the models that are served."""
+    return Store.open(settings_with(store=store).store / MODELS)
+
+
+def command_line() -> str:
+    """Return the command as it was given, for the record."""
+    return shlex.join(["portcullis", *sys.argv[1:]])

@@ -1,0 +1,71 @@
+"""Commands that measure what a gateway does."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from service.cli.common import (
+    DataOption,
+    DataRootOption,
+    JsonOption,
+    SeedOption,
+    StoreOption,
+    failures_told,
+    open_models,
+)
+
+
+def evaluate(
+    name: Annotated[str, typer.Argument(help="The model, as the gateway calls it.")],
+    data: DataOption,
+    url: Annotated[str, typer.Option(help="A running gateway that serves this store.")] = "http://127.0.0.1:8000",
+    attack: Annotated[
+        list[str] | None, typer.Option(help="Attack with this; repeat for several.", show_default="fgsm and pgd-stop")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Images of each kind.", min=1)] = 300,
+    seed: SeedOption = 0,
+    data_root: DataRootOption = Path("var/data"),
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Send clean and adversarial test images to a running gateway and count what comes back."""
+    with failures_told():
+        from defenses.classifier import Classifier
+        from service.client import Client
+        from service.datasets import load_dataset
+        from service.evaluate import Report, measure
+        from service.fit import find_classifier
+        from service.progress import progress_bars
+        from service.served import GRAPH
+        from service.tables import report_table
+
+        client = Client(url)
+        version = client.version(name)
+        bare = find_classifier(open_models(store), name, version)
+        with progress_bars(shown=not as_json) as progress:
+            dataset = load_dataset(
+                data,
+                bare.manifest.input,
+                labels=bare.manifest.labels,
+                split_seed=seed,
+                root=data_root,
+                progress=lambda done, total: progress("images", done, total),
+            )
+            measured = measure(
+                client,
+                name,
+                Classifier.load(bare.folder / GRAPH).eval(),
+                dataset.test,
+                attacks=attack or ["fgsm", "pgd-stop"],
+                limit=limit,
+                seed=seed,
+                progress=progress,
+            )
+        report = Report.of(name, version, measured)
+        if as_json:
+            typer.echo(json.dumps(report.as_json(), indent=2))
+        else:
+            Console().print(report_table(report))

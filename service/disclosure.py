@@ -1,0 +1,80 @@
+"""How much of a decision a client may be told."""
+
+from typing import Literal, get_args
+
+from service.settings import Disclosure
+
+OutputName = Literal[
+    "label",
+    "class_index",
+    "verdict",
+    "logits",
+    "probabilities",
+    "score",
+    "undefended_class_index",
+    "purified",
+]
+
+DEFAULT_OUTPUTS: tuple[OutputName, ...] = ("label", "class_index", "verdict")
+
+_NEEDS: dict[OutputName, Disclosure] = {
+    "verdict": "verdict",
+    "label": "label",
+    "class_index": "label",
+    "logits": "probabilities",
+    "probabilities": "probabilities",
+    "score": "all",
+    "undefended_class_index": "all",
+    "purified": "all",
+}
+
+
+class OutputWithheld(PermissionError):
+    """An output exists but clients are not told it."""
+
+    def __init__(self, output: str, disclosure: Disclosure) -> None:
+        self.output = output
+        super().__init__(f"Output {output!r} is withheld: this gateway discloses {disclosure!r} at most.")
+
+
+class OutputUnknown(ValueError):
+    """An output does not exist, or is not computed for this model."""
+
+    def __init__(self, output: str, available: list[OutputName]) -> None:
+        self.output = output
+        super().__init__(f"No output {output!r} is computed here; there are {', '.join(available)}.")
+
+
+def discloses(disclosure: Disclosure, output: OutputName) -> bool:
+    """Say whether clients may be told an output."""
+    levels = get_args(Disclosure)
+    return levels.index(disclosure) >= levels.index(_NEEDS[output])
+
+
+def available_outputs(graph_outputs: frozenset[str], disclosure: Disclosure) -> list[OutputName]:
+    """Return the outputs that a model offers its clients, in a fixed order.
+
+    ``graph_outputs`` are the graph's outputs that are computed for it.
+    """
+    computed: dict[OutputName, str] = {
+        "score": "score",
+        "undefended_class_index": "undefended_logits",
+        "purified": "purified",
+    }
+    return [
+        output
+        for output in get_args(OutputName)
+        if discloses(disclosure, output) and computed.get(output, "logits") in graph_outputs
+    ]
+
+
+def check_output(output: str, graph_outputs: frozenset[str], disclosure: Disclosure) -> OutputName:
+    """Return the output's name; raises ``OutputUnknown`` or ``OutputWithheld``."""
+    available = available_outputs(graph_outputs, disclosure)
+    for name in get_args(OutputName):
+        if name == output and name not in available and not discloses(disclosure, name):
+            raise OutputWithheld(output, disclosure)
+        if name == output and name in available:
+            found: OutputName = name
+            return found
+    raise OutputUnknown(output, available)

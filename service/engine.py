@@ -1,0 +1,116 @@
+"""A version's graph on ONNX Runtime, pruned to the outputs that are asked of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx.utils import Extractor
+
+PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+
+
+class GraphUnloadable(ValueError):
+    """A graph cannot be run."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        self.path = path
+        super().__init__(f"{path.name} cannot be run: {reason}")
+
+
+class DeviceUnavailable(RuntimeError):
+    """The device that was asked for is not there, and no other is taken in its place."""
+
+    def __init__(self, device: str, providers: Sequence[str]) -> None:
+        self.device = device
+        super().__init__(f"Asked to run on {device}, but ONNX Runtime offers only {', '.join(providers)}.")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a graph says of N images; what was not computed is None.
+
+    ``logits`` and ``undefended_logits`` are (N, K), ``scores`` (N,), ``alerts`` (N,) bool, ``purified`` (N, C, H, W).
+    """
+
+    logits: np.ndarray
+    scores: np.ndarray | None = None
+    alerts: np.ndarray | None = None
+    undefended_logits: np.ndarray | None = None
+    purified: np.ndarray | None = None
+
+    def __getitem__(self, rows: slice) -> "Answers":
+        return Answers(*(None if column is None else column[rows] for column in self.columns))  # type: ignore[arg-type]
+
+    @property
+    def columns(self) -> tuple[np.ndarray | None, ...]:
+        """The fields in order."""
+        return (self.logits, self.scores, self.alerts, self.undefended_logits, self.purified)
+
+
+FIELDS = {
+    "logits": "logits",
+    "score": "scores",
+    "alert": "alerts",
+    "undefended_logits": "undefended_logits",
+    "purified": "purified",
+}
+"""The graph's outputs that an engine can be asked for, and the answers' fields they fill."""
+
+
+class Engine:
+    """Run a graph on batches of images; safe to call from several threads.
+
+    ``outputs`` are names of ``FIELDS``; the graph is pruned to them, since the runtime computes every output that a
+    graph declares. Raises ``GraphUnloadable`` for a graph that the runtime refuses and ``DeviceUnavailable`` when
+    ``cuda`` is asked for and not given.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        outputs: Sequence[str],
+        *,
+        device: Literal["cpu", "cuda"] = "cpu",
+        threads: int = 0,
+        noise: bool = True,
+    ) -> None:
+        if device == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            raise DeviceUnavailable(device, onnxruntime.get_available_providers())
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        # A thread that spins while it waits takes the core that decodes the next image.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        try:
+            graph = _pruned(path, outputs)
+            self._session = onnxruntime.InferenceSession(
+                graph.SerializeToString(), options, providers=PROVIDERS[device]
+            )
+        except Exception as error:  # the runtime's own exceptions share no narrower ancestor
+            raise GraphUnloadable(path, str(error).strip()) from error
+        if device == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():
+            raise DeviceUnavailable(device, self._session.get_providers())
+        self._outputs = list(outputs)
+        has_noise = any(value.name == "noise_scale" for value in self._session.get_overridable_initializers())
+        self._fixed = {"noise_scale": np.zeros((), np.float32)} if has_noise and not noise else {}
+
+    def predict(self, images: np.ndarray) -> Answers:
+        """Return the answers for images (N, C, H, W) float32 in [0, 1]."""
+        values = self._session.run(self._outputs, {"image": images, **self._fixed})
+        return Answers(**dict(zip((FIELDS[name] for name in self._outputs), values, strict=True)))
+
+
+def outputs_of(path: Path) -> set[str]:
+    """Return the names of a graph's outputs."""
+    return {value.name for value in onnx.load(path, load_external_data=False).graph.output}
+
+
+def _pruned(path: Path, outputs: Sequence[str]) -> onnx.ModelProto:
+    model = onnx.load(path, load_external_data=False)
+    inputs = [value.name for value in model.graph.input]
+    return Extractor(model).extract_model(inputs, list(outputs))

@@ -1,0 +1,95 @@
+"""Registering a classifier: whatever it came from, it is kept as one ONNX graph."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import onnx
+from torch import nn
+
+from defenses.classifier import Classifier
+from defenses.onnx_export import save_graph
+from defenses.onnx_import import canonicalise
+from defenses.onnx_parity import check_parity
+from defenses.onnx_trace import export_classifier
+from model_store import SERVING, Draft, InputSpec, Manifest, Normalisation, Store
+from service.libraries import library_versions
+from service.served import GRAPH
+
+class LabelsWrong(ValueError):
+    """There are not as many labels as the classifier has classes."""
+
+    def __init__(self, labels: Sequence[str], classes: int) -> None:
+        super().__init__(f"The classifier has {classes} classes, so expected {classes} labels, got {len(labels)}.")
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """Say what a classifier's graph or module does not say itself.
+
+    ``shape`` is (C, H, W), None to read it from an ONNX file. ``normalisation`` is what the classifier expects to be
+    done to an image in [0, 1]; ``byte`` range and ``NHWC`` layout are for ONNX files that want them. ``resize`` lets
+    images of other sizes in. ``labels`` empty names the classes by number. ``tap`` and ``head`` name the Inspector's
+    and NIP's layers where the ones found by themselves are not wanted.
+    """
+
+    shape: tuple[int, int, int] | None = None
+    normalisation: Normalisation | None = None
+    input_range: Literal["unit", "byte"] = "unit"
+    layout: Literal["NCHW", "NHWC"] = "NCHW"
+    resize: Literal["bilinear", "bicubic"] | None = None
+    labels: tuple[str, ...] = ()
+    tap: str | None = None
+    head: str | None = None
+
+
+def register(
+    store: Store, name: str, source: nn.Module | onnx.ModelProto, declared: Declaration, *, command: str = ""
+) -> Manifest:
+    """Publish a classifier as the next version of ``name``; the first version becomes the serving one.
+
+    A module is exported and its code is not needed again. The interpreted form of the graph is checked against ONNX
+    Runtime before anything is published. Raises ``GraphUnsuitable``, ``OperatorUnsupported``, ``ParityBroken``,
+    ``LayerNotFound``, ``LabelsWrong``, and the store's errors.
+    """
+    if isinstance(source, nn.Module):
+        if declared.shape is None:
+            raise ValueError("A module does not say its input's shape; expected --input-shape, such as 3x32x32.")
+        source = export_classifier(source, declared.shape)
+    normalisation = declared.normalisation
+    graph = canonicalise(
+        source,
+        normalisation=(normalisation.mean, normalisation.std) if normalisation else None,
+        input_range=declared.input_range,
+        layout=declared.layout,
+        image_shape=declared.shape,
+    )
+    classifier = Classifier(graph).eval()
+    parity = check_parity(graph, classifier.graph)
+    labels = declared.labels or tuple(str(index) for index in range(classifier.classes))
+    if len(labels) != classifier.classes:
+        raise LabelsWrong(labels, classifier.classes)
+    tap = classifier.resolve_layer(declared.tap) if declared.tap else classifier.tap
+    head = classifier.resolve_layer(declared.head) if declared.head else classifier.head_layer
+    draft = Draft(
+        kind="classifier",
+        input=InputSpec(
+            shape=classifier.image_shape,
+            normalisation=normalisation,
+            mode="L" if classifier.image_shape[0] == 1 else "RGB",
+            resize=declared.resize,
+        ),
+        labels=labels,
+        layers={"tap": tap.name, "head": head.name},
+        metrics={"parity": parity.max_abs_difference},
+        libraries=library_versions(),
+        command=command,
+    )
+    with tempfile.TemporaryDirectory(prefix="portcullis-register-") as folder:
+        save_graph(graph, Path(folder) / GRAPH)
+        manifest = store.publish(name, draft, Path(folder))
+    if SERVING not in store.aliases(name):
+        store.set_alias(name, SERVING, manifest.version)
+    return manifest

@@ -1,0 +1,102 @@
+"""The JSON that the gateway's own routes answer."""
+
+from datetime import datetime
+from typing import Literal
+
+from pydantic import BaseModel
+
+from service.settings import Mode
+from service.verdicts import Verdict
+
+
+class ErrorBody(BaseModel):
+    """The body of every error."""
+
+    error: str
+
+
+class Prediction(BaseModel):
+    """One image's answer; what the gateway does not disclose, or withholds under ``enforce``, is null."""
+
+    label: str | None
+    class_index: int | None
+    probabilities: list[float] | None
+    verdict: Verdict
+    alert_id: str | None
+    score: float | None
+    undefended_label: str | None
+
+
+class Predictions(BaseModel):
+    """The answers to one request's images, in order."""
+
+    model: str
+    version: str
+    predictions: list[Prediction]
+
+
+class ModelInfo(BaseModel):
+    """What is in service, how it is protected, and what it was measured to do.
+
+    ``default`` marks the version that a call without one gets.
+    """
+
+    name: str
+    version: str
+    default: bool
+    kind: str
+    mode: Mode
+    defended: bool
+    threshold: float | None
+    false_positive_rate_budget: float | None
+    false_positive_rate_realised: float | None
+    metrics: dict[str, float]
+    input_shape: tuple[int, int, int]
+    labels: tuple[str, ...]
+    digest: str
+    created: datetime
+
+
+class Models(BaseModel):
+    """Everything in service."""
+
+    models: list[ModelInfo]
+
+
+class RepositoryEntry(BaseModel):
+    """One model in the repository index."""
+
+    name: str
+    version: str
+    state: Literal["READY", "UNAVAILABLE"]
+    reason: str
+
+
+class AlertRow(BaseModel):
+    """One alert as operators see it."""
+
+    id: str
+    seq: int
+    created: datetime
+    model: str
+    version: int
+    request_id: str
+    index: int
+    client: str
+    class_index: int
+    label: str
+    undefended_class_index: int | None
+    score: float
+    threshold: float
+    mode: Mode
+    sha256: str
+    media_type: str
+    image_kept: bool
+    status: str
+
+
+class AlertRows(BaseModel):
+    """A page of alerts, newest first; ``next`` is the cursor of the following page, null on the last."""
+
+    alerts: list[AlertRow]
+    next: int | None

@@ -1,0 +1,125 @@
+"""One version in service: its graph, its queue, its mode."""
+
+import asyncio
+import logging
+from typing import Self
+
+import numpy as np
+
+from model_store import Fetched
+from service.batching import Batcher, BatcherClosed, QueueFull
+from service.engine import Answers, Engine, outputs_of
+from service.metrics import Metrics
+from service.settings import Settings
+from service.verdicts import failed_rows
+
+logger = logging.getLogger("portcullis")
+
+GRAPH = "model.onnx"
+
+
+class DefenseFailed(RuntimeError):
+    """A defense gave no usable answer, and the bare one is not to be given in its place."""
+
+    def __init__(self, model: str, images: int) -> None:
+        self.model = model
+        super().__init__(f"The defense of model {model!r} failed on {images} of the images; no answer is given.")
+
+
+class ServedModel:
+    """Answer for one version of a model.
+
+    Opens the version's graph with what the mode and the disclosure need; raises the engine's ``GraphUnloadable`` and
+    ``DeviceUnavailable``.
+    """
+
+    def __init__(self, fetched: Fetched, settings: Settings, metrics: Metrics) -> None:
+        self.manifest = fetched.manifest
+        self.digest = fetched.digest
+        self.name = fetched.manifest.name
+        self.version = fetched.manifest.version
+        self.mode = settings.mode_of(self.name)
+        path = fetched.folder / GRAPH
+        present = outputs_of(path)
+        self.defended = "purified" in present
+        wanted = [name for name in _wanted(self.mode, settings) if name in present]
+        self._engine = Engine(path, wanted, device=settings.device, threads=settings.threads, noise=settings.noise)
+        self._bare = (
+            Engine(path, ["undefended_logits"], device=settings.device, threads=settings.threads)
+            if self.defended and settings.on_defense_error == "open"
+            else None
+        )
+        self.outputs = frozenset(wanted)
+        self._metrics = metrics
+        self._engine.predict(np.zeros((1, *self.manifest.input.shape), np.float32))
+        self._batcher = Batcher(
+            self.name,
+            self._engine.predict,
+            max_batch=settings.max_batch,
+            capacity=settings.queue_images,
+            metrics=metrics,
+        )
+        self._info = (self.name, str(self.version), self.manifest.kind, self.mode, self.digest)
+
+    def start(self) -> Self:
+        """Start to take images; call within a running event loop."""
+        self._batcher.start()
+        self._metrics.model_info.labels(*self._info).set(1)
+        return self
+
+    async def stop(self) -> None:
+        """Answer what was taken, and end."""
+        await self._batcher.stop()
+        self._metrics.model_info.remove(*self._info)
+
+    async def answer(self, images: np.ndarray) -> tuple[Answers, np.ndarray]:
+        """Return the answers for images (N, C, H, W) in [0, 1], and (N,) which rows only the bare classifier answered.
+
+        Raises ``QueueFull``, ``BatcherClosed``, and ``DefenseFailed`` when the defense fails and is to fail closed.
+        """
+        nobody = np.zeros(len(images), bool)
+        try:
+            answers = _joined(await self._batcher.submit(images))
+        except (QueueFull, BatcherClosed, asyncio.CancelledError):
+            raise
+        except Exception:
+            logger.exception("The defense of %s@%d raised an error.", self.name, self.version)
+            return await self._instead(images, None, ~nobody)
+        failed = failed_rows(answers)
+        if failed.any():
+            logger.error("%s@%d gave values that are not finite.", self.name, self.version)
+            return await self._instead(images, answers, failed)
+        return answers, nobody if self.defended else ~nobody
+
+    async def _instead(
+        self, images: np.ndarray, answers: Answers | None, failed: np.ndarray
+    ) -> tuple[Answers, np.ndarray]:
+        """Give the bare answer on the failed rows, or fail closed."""
+        self._metrics.defense_errors.labels(self.name).inc(int(failed.sum()))
+        if self._bare is None:
+            raise DefenseFailed(self.name, int(failed.sum()))
+        bare = (await asyncio.to_thread(self._bare.predict, images)).undefended_logits
+        assert bare is not None
+        if not np.isfinite(bare[failed]).all():
+            raise DefenseFailed(self.name, int(failed.sum()))
+        if answers is None:
+            return Answers(bare, undefended_logits=bare), failed
+        logits = np.where(failed[:, None], bare, answers.logits)
+        scores = None if answers.scores is None else np.where(failed, 0, answers.scores).astype(np.float32)
+        return Answers(logits, scores, answers.alerts, bare, answers.purified), failed
+
+
+def _wanted(mode: str, settings: Settings) -> list[str]:
+    wanted = ["logits", "score", "alert"]
+    if mode == "shadow" or settings.undefended_answer:
+        wanted.append("undefended_logits")
+    if settings.disclosure == "all":
+        wanted.append("purified")
+    return wanted
+
+
+def _joined(pieces: list[Answers]) -> Answers:
+    if len(pieces) == 1:
+        return pieces[0]
+    columns = zip(*(piece.columns for piece in pieces), strict=True)
+    return Answers(*(None if column[0] is None else np.concatenate(column) for column in columns))  # type: ignore[arg-type]

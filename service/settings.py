@@ -1,0 +1,87 @@
+"""The gateway's settings, and the only place that reads the environment."""
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+Mode = Literal["flag", "enforce", "shadow"]
+Disclosure = Literal["verdict", "label", "probabilities", "all"]
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
+
+
+class Settings(BaseSettings):
+    """Every setting of the gateway; each is read from ``PORTCULLIS_<NAME>``."""
+
+    model_config = SettingsConfigDict(env_prefix="PORTCULLIS_", frozen=True, extra="forbid")
+
+    store: Path = Field(Path("var/store"), description="Folder of the model store.")
+    models: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Models to serve, as `name` or `name@version`, separated by commas. Empty: every model."
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu", description="Where the graphs run. With `cuda` the gateway refuses to start without a working GPU."
+    )
+    threads: int = Field(0, ge=0, description="Threads that one model's computation may use; 0 takes every core.")
+
+    mode: Mode = Field("flag", description="What an alert does to the answer, for models that `modes` does not name.")
+    modes: dict[str, Mode] = Field({}, description='Modes by model, as JSON: `{"digits": "enforce"}`.')
+    disclose: Disclosure | None = Field(
+        None, description="The most a client is told. Unset: `all` when listening on loopback, `label` elsewhere."
+    )
+    operators: Annotated[tuple[Network, ...], NoDecode] = Field(
+        LOOPBACK, description="Networks whose clients may read alerts, separated by commas."
+    )
+    undefended_answer: bool = Field(
+        False, description="Compute the bare classifier's answer for every image, in every mode. It costs the rest of its pass."
+    )
+    on_defense_error: Literal["closed", "open"] = Field(
+        "closed", description="When the defense itself fails: `closed` answers 503, `open` the bare answer, marked."
+    )
+    noise: bool = Field(True, description="Switch the defense's noise off with `false`: repeatable, and weaker.")
+
+    max_body_bytes: int = Field(32 * 2**20, ge=1, description="The largest request body.")
+    max_pixels: int = Field(25_000_000, ge=1, description="The most pixels that an image may decode to.")
+    max_images: int = Field(256, ge=1, description="The most images in one request.")
+    max_batch: int = Field(32, ge=1, description="The most images computed at once.")
+    queue_images: int = Field(1024, ge=1, description="The most images that wait for a model; then 429.")
+    request_seconds: float = Field(30.0, gt=0, description="The longest that a request may take; then 504.")
+    shutdown_seconds: int = Field(30, ge=1, description="How long a stop may take to finish what was accepted.")
+
+    database: str = Field("sqlite+aiosqlite:///var/alerts.db", description="SQLAlchemy URL of the alert database.")
+    alert_queue: int = Field(4096, ge=1, description="The most alerts that wait to be written.")
+    alert_wait_seconds: float = Field(
+        1.0, gt=0, description="How long an answer waits for room in a full alert queue; then 429."
+    )
+    inputs: Path = Field(Path("var/inputs"), description="Folder in which alerted inputs are kept.")
+    inputs_max_bytes: int = Field(2**30, ge=0, description="The most that kept inputs may take; 0 keeps none.")
+    inputs_max_days: float = Field(30.0, gt=0, description="How long an alerted input is kept.")
+
+    @field_validator("models", "operators", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    def mode_of(self, model: str) -> Mode:
+        """Return the mode in which a model is served."""
+        return self.modes.get(model, self.mode)
+
+    @property
+    def disclosure(self) -> Disclosure:
+        """What a client may be told at most."""
+        return self.disclose or ("all" if is_within(self.host, LOOPBACK) else "label")
+
+
+def is_within(address: str, networks: tuple[Network, ...]) -> bool:
+    """Say whether an address, or the name localhost, lies in one of the networks."""
+    try:
+        parsed = ipaddress.ip_address("127.0.0.1" if address == "localhost" else address)
+    except ValueError:
+        return False
+    return any(parsed in network for network in networks)

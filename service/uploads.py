@@ -1,0 +1,45 @@
+"""The images in a request: its body, or the file parts of a form."""
+
+from dataclasses import dataclass
+
+from fastapi import Request
+from starlette.datastructures import UploadFile
+
+from service.images import ImageRefused
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One image as it was sent: a name for messages, its bytes, and its media type as its bytes say it."""
+
+    name: str
+    data: bytes
+    media_type: str
+
+
+async def read_uploads(request: Request, most: int) -> list[Upload]:
+    """Return the images that a request holds, at least one and at most ``most``; raises ``ImageRefused``."""
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        data = await request.body()
+        return [Upload("the body", data, media_type_of(data))]
+    async with request.form(max_files=most, max_fields=0) as form:
+        uploads = []
+        for field, part in form.multi_items():
+            if not isinstance(part, UploadFile):
+                raise ImageRefused(f"Form field {field!r} is text; expected files only.")
+            data = await part.read()
+            uploads.append(Upload(part.filename or field, data, media_type_of(data)))
+    if not uploads:
+        raise ImageRefused("The form holds no image; expected at least one file.")
+    return uploads
+
+
+def media_type_of(data: bytes) -> str:
+    """Return the media type that the first bytes tell, ``application/octet-stream`` when they tell none."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "image/png"
+    if data.startswith(b"\xff\xd8\xff"):
+        return "image/jpeg"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "image/webp"
+    return "application/octet-stream"

@@ -1,0 +1,88 @@
+"""From what a graph computed to what a client is told, by the model's mode."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from service.engine import Answers
+from service.settings import Mode
+
+Verdict = Literal["accepted", "alert", "undefended"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What N images get, row by row, and which of them are on record as alerts.
+
+    ``alerted`` (N,) bool are the rows to record, also in shadow mode, where no client is told. ``protected_class``
+    (N,) int64 is the protected answer whatever the client is told. In ``logits``, ``probabilities`` and ``purified``
+    the rows withheld by ``enforce`` are zero, their ``class_index`` is -1 and their label None.
+    """
+
+    verdicts: tuple[Verdict, ...]
+    labels: tuple[str | None, ...]
+    class_index: np.ndarray
+    logits: np.ndarray
+    probabilities: np.ndarray
+    alerted: np.ndarray
+    protected_class: np.ndarray
+    scores: np.ndarray | None
+    undefended_class_index: np.ndarray | None
+    purified: np.ndarray | None
+    alert_ids: tuple[str | None, ...]
+
+
+def failed_rows(answers: Answers) -> np.ndarray:
+    """Return (N,) which rows hold a logit or a score that is not finite: there the defense itself failed."""
+    failed: np.ndarray = ~np.isfinite(answers.logits).all(1)
+    if answers.scores is not None:
+        failed |= ~np.isfinite(answers.scores)
+    return failed
+
+
+def decide(
+    answers: Answers, mode: Mode, labels: Sequence[str], *, undefended: np.ndarray, alert_ids: Sequence[str]
+) -> Decision:
+    """Turn answers into a decision.
+
+    ``undefended`` (N,) bool marks the rows that hold the bare classifier's answer because nothing defends them;
+    ``alert_ids`` are fresh ids, one a row, used where a row is alerted and the mode tells.
+    """
+    alerts = np.zeros(len(answers.logits), bool) if answers.alerts is None else answers.alerts & ~undefended
+    bare = answers.undefended_logits
+    shadow = mode == "shadow" and bare is not None
+    logits = bare if shadow and bare is not None else answers.logits
+    told = alerts & (not shadow)
+    withheld = told & (mode == "enforce")
+    class_index = np.where(withheld, -1, logits.argmax(1)).astype(np.int64)
+    return Decision(
+        verdicts=tuple(
+            "undefended" if bare_only else "alert" if alert else "accepted"
+            for bare_only, alert in zip(undefended, told, strict=True)
+        ),
+        labels=tuple(None if index < 0 else labels[index] for index in class_index),
+        class_index=class_index,
+        logits=_blank(logits, withheld),
+        probabilities=_blank(_softmax(logits), withheld),
+        alerted=alerts,
+        protected_class=answers.logits.argmax(1).astype(np.int64),
+        scores=answers.scores,
+        undefended_class_index=None if bare is None else bare.argmax(1).astype(np.int64),
+        purified=None if answers.purified is None else _blank(answers.purified, withheld),
+        alert_ids=tuple(id if alert else None for id, alert in zip(alert_ids, told, strict=True)),
+    )
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    exponentials = np.exp(logits - logits.max(1, keepdims=True))
+    probabilities: np.ndarray = exponentials / exponentials.sum(1, keepdims=True)
+    return probabilities
+
+
+def _blank(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    if rows.any():
+        values = values.copy()
+        values[rows] = 0
+    return values
