@@ -14,7 +14,8 @@ class CalibrationTooSmall(ValueError):
         self.budget = budget
         self.needed = math.ceil(1 / budget) - 1
         super().__init__(
-            f"A false-positive budget of {budget:g} needs at least {self.needed} benign calibration images, got {count}."
+            f"A false-positive budget of {budget:g} needs at least {self.needed} benign calibration images, "
+            f"got {count}."
         )
 
 
@@ -28,12 +29,18 @@ def calibrate(scores: Tensor, budget: float) -> float:
     Raises ``CalibrationTooSmall`` when n < 1 / budget - 1, and ``ValueError`` for a budget outside (0, 1) or a score
     that is not finite.
     """
-    if not 0 < budget < 1:
-        raise ValueError(f"A false-positive budget lies between 0 and 1, got {budget:g}.")
     if not torch.isfinite(scores).all():
         raise ValueError("Every calibration score must be finite.")
-    n = scores.numel()
-    rank = math.ceil(round((n + 1) * (1 - budget), 9))
-    if rank > n:
-        raise CalibrationTooSmall(n, budget)
+    rank = check_budget(scores.numel(), budget)
     return float(scores.flatten().kthvalue(rank).values)
+
+
+def check_budget(count: int, budget: float) -> int:
+    """Return the rank, from 1, of the score that ``calibrate`` takes among ``count``; raises as it does."""
+    if not 0 < budget < 1:
+        raise ValueError(f"A false-positive budget lies between 0 and 1, got {budget:g}.")
+    # Rounded, since (n + 1) (1 - budget) may come out a hair above the whole number that it is.
+    rank = math.ceil(round((count + 1) * (1 - budget), 9))
+    if rank > count:
+        raise CalibrationTooSmall(count, budget)
+    return rank

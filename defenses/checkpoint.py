@@ -58,8 +58,6 @@ def load_protected(classifier: Classifier, folder: Path) -> ProtectedClassifier:
     return ProtectedClassifier(classifier, load_regulator(folder), inspector, threshold).eval()
 
 
-
-
 def _save(module: nn.Module, config: dict[str, Any], path: Path) -> None:
     save_model(module, str(path), metadata={"config": json.dumps(config)})
 

@@ -98,11 +98,11 @@ def find_tap(layers: Mapping[str, Layer], passed: Sequence[str], inputs: Mapping
     if stem is not None:
         halves = [{size // 2, -(-size // 2)} for size in stem.shape[1:]]
         common = set(passed)
-        for spatial in (slice(1, 3), slice(0, 2)):  # channels first, or last as in Swin
+        for rows in (1, 0):  # channels first, or last as in Swin
             fitting = [
                 layer
                 for layer in layers.values()
-                if len(layer.shape) == 3 and all(size in half for size, half in zip(layer.shape[spatial], halves))
+                if len(layer.shape) == 3 and all(layer.shape[rows + place] in half for place, half in enumerate(halves))
             ]
             if fitting:
                 return next((layer for layer in reversed(fitting) if layer.name in common), fitting[-1])

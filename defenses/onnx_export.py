@@ -38,19 +38,19 @@ def export_protected(protected: ProtectedClassifier) -> onnx.ModelProto:
     """
     classifier = _at_least(protected.classifier.model, OLDEST_OPSET)
     opset = _opset(classifier)
-    config = protected.detector.config
+    detector_module = protected.detector
     shape = protected.classifier.image_shape
     image, noise = torch.rand(2, *shape), torch.ones(())
     with torch.no_grad():
-        logits, activations = protected.classifier.logits_and_features(image, config.layer)
+        logits, activations = protected.classifier.logits_and_features(image, detector_module.layer)
     purifier = _export(protected.purifier, {"image": image, "noise_scale": noise}, "purified", opset)
     detector = _export(protected.detector, {"activations": activations, "logits": logits}, "score", opset)
 
-    layer = protected.classifier.resolve_layer(config.layer).name
+    layer = protected.classifier.resolve_layer(detector_module.layer).name
     raw = {"image": "image", "logits": "undefended_logits"}
     purified = {"image": "purified", "logits": "logits"}
-    watched = raw if config.inspects == "raw" else purified
-    tapped = watched.get(layer, f"{config.inspects}/{layer}")
+    watched = raw if detector_module.inspects == "raw" else purified
+    tapped = watched.get(layer, f"{detector_module.inspects}/{layer}")
     nodes = [
         *_instance(purifier, "purifier/", {"image": "image", "noise_scale": "noise_scale", "purified": "purified"}),
         *_instance(classifier, "raw/", raw, shared="classifier/"),
@@ -154,7 +154,8 @@ def _at_least(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
 
 
 def _opset(model: onnx.ModelProto) -> int:
-    return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    version: int = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    return version
 
 
 def _instance(

@@ -1,11 +1,12 @@
 """The spine: a protected classifier is a classifier, with a purifier before it and a detector beside it."""
 
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from defenses.classifier import Classifier
+from defenses.detector import Detector
 
 
 class Output(NamedTuple):
@@ -22,41 +23,17 @@ class Output(NamedTuple):
     undefended_logits: Tensor
 
 
-class Purifier(Protocol):
-    """A map from images (N, C, H, W) in [0, 1] and a scalar that scales all its noise to images of that shape."""
-
-    def __call__(self, x: Tensor, noise_scale: Tensor) -> Tensor: ...
-
-
-class DetectorConfig(Protocol):
-    """Where a detector looks: a layer of the classifier, on the raw or on the purified image."""
-
-    @property
-    def layer(self) -> str: ...
-
-    @property
-    def inspects(self) -> Literal["raw", "purified"]: ...
-
-
-class Detector(Protocol):
-    """A map from activations (N, ...) at its layer and logits (N, K) to scores (N,)."""
-
-    @property
-    def config(self) -> DetectorConfig: ...
-
-    def __call__(self, activations: Tensor, logits: Tensor) -> Tensor: ...
-
-
 class ProtectedClassifier(nn.Module):
     """Put a classifier behind a purifier and a detector.
 
+    The purifier maps images (N, C, H, W) in [0, 1], and a scalar that scales all its noise, to such images.
     ``threshold`` is the score above which an image is alerted. The raw pass through the classifier is shared by the
     detector and the bare answer.
     """
 
     threshold: Tensor
 
-    def __init__(self, classifier: Classifier, purifier: nn.Module, detector: nn.Module, threshold: float) -> None:
+    def __init__(self, classifier: Classifier, purifier: nn.Module, detector: Detector, threshold: float) -> None:
         super().__init__()
         self.classifier = classifier
         self.purifier = purifier
@@ -68,8 +45,8 @@ class ProtectedClassifier(nn.Module):
         if noise_scale is None:
             noise_scale = torch.ones((), device=x.device)
         x_purified = self.purifier(x, noise_scale)
-        layer = self.detector.config.layer
-        if self.detector.config.inspects == "raw":
+        layer = self.detector.layer
+        if self.detector.inspects == "raw":
             undefended_logits, activations = self.classifier.logits_and_features(x, layer)
             logits = self.classifier(x_purified)
         else:

@@ -1,5 +1,6 @@
 """Fitting CoopHANCE for a registered classifier, from images to a published version."""
 
+import json
 import re
 import tempfile
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from defenses.attacks import AdversarialExamples, attack, craft
-from defenses.calibration import calibrate
+from defenses.calibration import calibrate, check_budget
 from defenses.checkpoint import save_protected, save_regulator
 from defenses.classifier import Classifier
 from defenses.coophance import (
@@ -94,6 +95,7 @@ class _Fit:
         self.classifier = Classifier.load(fetched.folder / GRAPH).eval().to(self.device)
         layer = plan.layer or fetched.manifest.layers["tap"]
         self.layer = self.classifier.resolve_layer(layer)
+        check_budget(len(dataset.calibration.targets), plan.budget)
 
     def publish(self) -> Manifest:
         examples = [self._craft(name, self.dataset.fit, self.plan.examples, "fit") for name in self.plan.attacks]
@@ -222,18 +224,21 @@ class _Fit:
 
     def _data(self) -> DataRecord:
         data = self.dataset
-        counts = {"fit": len(data.fit.targets), "calibration": len(data.calibration.targets), "test": len(data.test.targets)}
+        splits = {"fit": data.fit, "calibration": data.calibration, "test": data.test}
+        counts = {name: len(split.targets) for name, split in splits.items()}
         return DataRecord(name=data.name, digest=data.digest, split_seed=data.split_seed, counts=counts)
 
     def _options(
         self, trained: TrainedRegulator, training: TrainingPlan, inspector: Inspector, report: InspectorReport
     ) -> dict[str, Any]:
-        return {
+        options = {
             "plan": asdict(self.plan),
             "regulator": trained.regulator.config.as_json(),
             "training": {**asdict(training), "sample_loss": trained.sample_loss, "final_loss": trained.final_loss},
             "inspector": {**inspector.config.as_json(), **asdict(report)},
         }
+        plain: dict[str, Any] = json.loads(json.dumps(options))
+        return plain
 
     def _export_and_publish(self, protected: ProtectedClassifier, draft: Draft) -> Manifest:
         self.progress("export", 0, 1)
@@ -247,7 +252,13 @@ class _Fit:
             save_regulator(protected.purifier, regulator)
             save_protected(protected, defense / CHECKPOINT)
             save_graph(graph, defense / GRAPH)
-            alone = {"kind": "regulator", "layers": {}, "parent": None, "threshold": None, "false_positive_rate": None}
+            alone: dict[str, Any] = {
+                "kind": "regulator",
+                "layers": {},
+                "parent": None,
+                "threshold": None,
+                "false_positive_rate": None,
+            }
             store = Store.open(self.root / REGULATORS)
             name = regulator_name(self.dataset.name, self.classifier.image_shape)
             published = store.publish(name, draft.model_copy(update={**alone, "metrics": {}}), regulator)

@@ -22,7 +22,9 @@ class Metrics:
         self.predictions = self._counter("predictions", "Images answered, by verdict.", "model", "verdict")
         self.alerts = self._counter("alerts", "Images alerted, by the protected answer.", "model", "class")
         self.label_changes = self._counter(
-            "label_changes", "Images whose protected answer differs from the bare one, where both are computed.", "model"
+            "label_changes",
+            "Images whose protected answer differs from the bare one, where both are computed.",
+            "model",
         )
         self.defense_errors = self._counter("defense_errors", "Images on which the defense itself failed.", "model")
         self.rejected = self._counter("rejected", "Requests refused before inference, by reason.", "reason")

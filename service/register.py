@@ -18,6 +18,7 @@ from model_store import SERVING, Draft, InputSpec, Manifest, Normalisation, Stor
 from service.libraries import library_versions
 from service.served import GRAPH
 
+
 class LabelsWrong(ValueError):
     """There are not as many labels as the classifier has classes."""
 

@@ -61,7 +61,7 @@ class Repository:
 
     async def load(self) -> None:
         """Load every model that the settings name, or every model of the store."""
-        wanted = self._settings.models or await asyncio.to_thread(self._store.models)
+        wanted = self._settings.models or tuple(await asyncio.to_thread(self._store.models))
         for reference in wanted:
             name = reference.partition("@")[0]
             try:

@@ -39,7 +39,8 @@ class Settings(BaseSettings):
         LOOPBACK, description="Networks whose clients may read alerts, separated by commas."
     )
     undefended_answer: bool = Field(
-        False, description="Compute the bare classifier's answer for every image, in every mode. It costs the rest of its pass."
+        False,
+        description="Compute the bare classifier's answer for every image, in every mode, for the rest of its pass.",
     )
     on_defense_error: Literal["closed", "open"] = Field(
         "closed", description="When the defense itself fails: `closed` answers 503, `open` the bare answer, marked."

@@ -8,24 +8,24 @@ from service.evaluate import Report
 def report_table(report: Report) -> Table:
     """Return a report as a table, rates in percent."""
     table = Table(title=f"{report.model}, version {report.version}, through HTTP")
-    table.add_column("input")
-    for heading in ("images", "bare right", "protected right", "alerted", "resisted", "mean L2"):
+    table.add_column("input", overflow="fold")
+    for heading in ("attacked", "sent", "bare right", "protected right", "alerted", "resisted", "mean L2"):
         table.add_column(heading, justify="right")
     clean = report.clean
     table.add_row(
         "clean",
+        "",
         str(clean.images),
         _percent(clean.undefended_accuracy),
         _percent(clean.accuracy),
         _percent(clean.false_positive_rate),
-        "",
-        "",
     )
     for row in report.attacks:
         table.add_row(
-            f"{row.attack} ({row.fooling} of {row.attempted} fool the classifier)",
+            row.attack,
+            str(row.attempted),
             str(row.fooling),
-            _percent(0),  # by the definition of fooling
+            _percent(0),  # only what fools the bare classifier is sent
             _percent(row.corrected),
             _percent(row.alerted),
             _percent(row.resisted),

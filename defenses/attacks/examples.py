@@ -38,7 +38,8 @@ class AdversarialExamples:
 @torch.no_grad()
 def fools(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Return (N,) whether the model's answer to x is another class than y."""
-    return model(x).argmax(1) != y
+    wrong: Tensor = model(x).argmax(1) != y
+    return wrong
 
 
 def craft(

@@ -70,10 +70,11 @@ def _stopped_pgd(parameters: Mapping[str, float]) -> Run:
 
 
 def _foolbox(model: nn.Module, x: Tensor, y: Tensor, name: str, epsilon: float, **options: float) -> Tensor:
-    import foolbox
+    from foolbox import attacks
+    from foolbox.models.pytorch import PyTorchModel
 
-    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device)
-    _, x_adv, _ = getattr(foolbox.attacks, name)(**options)(wrapped, x, y, epsilons=epsilon)
+    wrapped = PyTorchModel(model, bounds=(0, 1), device=x.device)
+    _, x_adv, _ = getattr(attacks, name)(**options)(wrapped, x, y, epsilons=epsilon)
     clipped: Tensor = x_adv
     return clipped
 

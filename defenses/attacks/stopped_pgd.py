@@ -13,16 +13,16 @@ def stopped_pgd(model: nn.Module, x: Tensor, y: Tensor, *, step_size: float, ste
     those still recognised after ``steps`` come back as they then stand.
     """
     x_adv = x.clone()
-    for step in range(steps + 1):
-        active = torch.arange(len(x), device=x.device) if step == 0 else active[still]
+    active = torch.arange(len(x), device=x.device)
+    for _ in range(steps):
         current = x_adv[active].requires_grad_(True)
         with torch.enable_grad():
             logits = model(current)
-            still = logits.argmax(1) == y[active]
-            if step == steps or not still.any():
-                break
             loss = F.cross_entropy(logits, y[active], reduction="sum")
+        recognised = logits.argmax(1) == y[active]
+        if not recognised.any():
+            break
         (gradient,) = torch.autograd.grad(loss, current)
-        moved = (current.detach() + step_size * gradient.sign()).clamp(0, 1)
-        x_adv[active[still]] = moved[still]
+        active = active[recognised]
+        x_adv[active] = (current.detach() + step_size * gradient.sign()).clamp(0, 1)[recognised]
     return x_adv

@@ -7,6 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from defenses.detector import Detector
+
 FEWEST_EXAMPLES = 10
 """Below so many examples of either kind a class shares the detector fitted on all classes together."""
 
@@ -30,7 +32,7 @@ class InspectorConfig:
         }
 
 
-class Inspector(nn.Module):
+class Inspector(Detector):
     """Score activations with the regression of the class that the protected classifier predicts.
 
     Takes activations (N, ...) that flatten to ``features`` values and logits (N, K); returns scores (N,), the
@@ -38,7 +40,7 @@ class Inspector(nn.Module):
     """
 
     def __init__(self, config: InspectorConfig) -> None:
-        super().__init__()
+        super().__init__(config.layer, config.inspects)
         self.config = config
         self.weight = nn.Parameter(torch.zeros(config.classes, config.features))
         self.bias = nn.Parameter(torch.zeros(config.classes))

@@ -51,7 +51,10 @@ class RegulatorConfig:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
         """Return the configuration that ``as_json`` described."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        return cls(**fields)
 
 
 class Regulator(nn.Module):
@@ -94,7 +97,7 @@ class Regulator(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.to_image = nn.Conv2d(widths[0], config.image_shape[0], 1)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and module.bias is not None:
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 nn.init.zeros_(module.bias)
 
@@ -133,7 +136,8 @@ class Regulator(nn.Module):
             skip = kept.pop()
             a = stage(a if skip is None else torch.cat([a, skip], 1))
         a = self.to_image(a)
-        return a[:, :, :height, :width] if pad_height or pad_width else a
+        cropped: Tensor = a[:, :, :height, :width] if pad_height or pad_width else a
+        return cropped
 
 
 def _stage(before: int, width: int, batch_norm: bool) -> nn.Sequential:

@@ -3,7 +3,7 @@
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,8 @@ class TrainingPlan:
 
     steps: int
     batch_size: int = 128
-    learning_rate: float = 1e-3
-    augmentation: Augmentation = Augmentation()
+    learning_rate: float = 3e-3
+    augmentation: Augmentation = field(default_factory=Augmentation)
     seed: int = 0
 
 
@@ -65,7 +65,7 @@ def fit_regulator(
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(plan.seed)
-        sample_model = Regulator(config).to(device, memory_format=torch.channels_last)
+        sample_model = _build(config, device)
         sample_model.set_confusion(False)
         trainer = _Trainer(sample_model, images, plan, device)
         trainer.run(0, handover, lambda done: progress("sample model", done, plan.steps))
@@ -76,7 +76,7 @@ def fit_regulator(
         batches = _batches(pairs, plan.batch_size, device, lambda done, of: progress("statistics", done, of))
         statistics = measure_fluctuations(sample_model, sample_model.confusion_layers, batches)
 
-        regulator = Regulator(config).to(device, memory_format=torch.channels_last)
+        regulator = _build(config, device)
         regulator.load_state_dict(kept[0])
         regulator.set_confusion(True)
         for layer, statistic in zip(regulator.confusion_layers, statistics, strict=True):
@@ -84,9 +84,7 @@ def fit_regulator(
         trainer = _Trainer(regulator, images, plan, device)
         trainer.optimizer.load_state_dict(kept[1])
         rest = plan.steps - handover
-        final_loss = trainer.run(
-            handover, plan.steps, lambda done: progress("regulator", done - handover, rest)
-        )
+        final_loss = trainer.run(handover, plan.steps, lambda done: progress("regulator", done - handover, rest))
     regulator.set_confusion(config.confusion)
     return TrainedRegulator(regulator.eval(), statistics, sample_loss, final_loss)
 
@@ -98,12 +96,16 @@ def steps_in(config: RegulatorConfig, plan: TrainingPlan, seconds: float, *, dev
     """
     images = torch.randint(0, 256, (4 * plan.batch_size, *config.image_shape), dtype=torch.uint8)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        trainer = _Trainer(Regulator(config).to(device, memory_format=torch.channels_last), images, plan, device)
+        trainer = _Trainer(_build(config, device), images, plan, device)
         trainer.run(0, 3, lambda _: None)
         start = time.perf_counter()
         trainer.run(3, 13, lambda _: None)
         cost = (time.perf_counter() - start) / 10
     return max(5, int(seconds / cost / (2 - HANDOVER)))
+
+
+def _build(config: RegulatorConfig, device: torch.device) -> Regulator:
+    return Regulator(config).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 class _Trainer:

@@ -12,9 +12,7 @@ Progress = Callable[[str, int, int], None]
 
 
 @torch.no_grad()
-def run_batched(
-    protected: ProtectedClassifier, images: Tensor, device: torch.device, batch_size: int = 128
-) -> Output:
+def run_batched(protected: ProtectedClassifier, images: Tensor, device: torch.device, batch_size: int = 128) -> Output:
     """Return the ``Output`` for many images, uint8 or float in [0, 1] (N, C, H, W), gathered on the CPU."""
     outputs = []
     for batch in images.split(batch_size):

@@ -25,7 +25,8 @@ def serve(
         from service.server import run
 
         settings = settings_with(store=store, host=host, port=port, models=tuple(model) if model else None)
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+        logging.getLogger("portcullis").setLevel(logging.INFO)
         run(settings)
 
 

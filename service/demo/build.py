@@ -23,7 +23,8 @@ PLAN = FitPlan(
     attacks=ATTACKS,
     examples=600,
     test_examples=120,
-    epochs=20,
+    epochs=10,
+    batch_size=64,
     flip=False,
     seed=SEED,
 )

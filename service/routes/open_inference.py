@@ -13,8 +13,8 @@ from service.oip import InferRequest, OipMalformed, OutputTensor, decode_infer, 
 from service.routes.dependencies import CallerOf, GatewayOf
 from service.schemas import RepositoryEntry
 from service.served import ServedModel
-from service.version import VERSION
 from service.verdicts import Decision
+from service.version import VERSION
 
 router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
 
@@ -122,9 +122,7 @@ def _image(message: InferRequest, served: ServedModel, gateway: Gateway) -> tupl
         names = ", ".join(repr(tensor.name) for tensor in message.inputs) or "none"
         raise OipMalformed(f"Expected one input named 'image', got {names}.")
     tensor = message.inputs[0]
-    images = validate_tensor(
-        tensor.data, tensor.datatype, served.manifest.input, max_batch=gateway.settings.max_images
-    )
+    images = validate_tensor(tensor.data, tensor.datatype, served.manifest.input, max_batch=gateway.settings.max_images)
     return tensor.data, images
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from defenses.attacks import AttackUnknown, attack, craft, fools
+from defenses.attacks import AttackUnknown, attack, craft
 from defenses.attacks.stopped_pgd import stopped_pgd
 
 CPU = torch.device("cpu")
@@ -41,13 +41,13 @@ def test_stopped_pgd_gives_up_after_its_steps_and_stays_in_range():
     x_adv = stopped_pgd(Brightness(), greys(0.9), torch.tensor([1]), step_size=0.01, steps=5)
     torch.testing.assert_close(x_adv, greys(0.85))
     low = stopped_pgd(Brightness(), greys(0.02), torch.tensor([0]), step_size=0.3, steps=9)
-    assert 0 <= low.min()
+    assert low.min() >= 0
     assert low.max() <= 1
 
 
 def test_stopped_pgd_keeps_8_bit_images_on_their_grid():
     x = torch.randint(100, 160, (8, 1, 4, 4)).float() / 255
-    x_adv = stopped_pgd(Brightness(), x, (~fools(Brightness(), x, torch.ones(8).long())).long(), step_size=1 / 255, steps=9)
+    x_adv = stopped_pgd(Brightness(), x, Brightness()(x).argmax(1), step_size=1 / 255, steps=9)
     torch.testing.assert_close((x_adv * 255).round() / 255, x_adv, atol=1e-6, rtol=0)
     assert not torch.equal(x, x_adv)
 

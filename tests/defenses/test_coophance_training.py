@@ -26,9 +26,7 @@ def pairs() -> list[tuple[torch.Tensor, torch.Tensor]]:
 def fit(steps: int = 30, seed: int = 0):
     stages = []
     plan = TrainingPlan(steps, batch_size=16, learning_rate=5e-3, seed=seed, augmentation=Augmentation(flip=False))
-    fitted = fit_regulator(
-        CONFIG, squares(), pairs(), plan, device=CPU, progress=lambda *report: stages.append(report)
-    )
+    fitted = fit_regulator(CONFIG, squares(), pairs(), plan, device=CPU, progress=lambda *report: stages.append(report))
     return fitted, stages
 
 

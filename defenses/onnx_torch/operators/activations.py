@@ -18,7 +18,8 @@ def gelu(node: Node, x: Tensor) -> Tensor:
 
 def hard_sigmoid(node: Node, x: Tensor) -> Tensor:
     """HardSigmoid."""
-    return (x * node.get("alpha", 0.2) + node.get("beta", 0.5)).clamp(0, 1)
+    line: Tensor = x * node.get("alpha", 0.2) + node.get("beta", 0.5)
+    return line.clamp(0, 1)
 
 
 def hard_swish(node: Node, x: Tensor) -> Tensor:
@@ -49,7 +50,8 @@ def celu(node: Node, x: Tensor) -> Tensor:
 def selu(node: Node, x: Tensor) -> Tensor:
     """Selu."""
     alpha, gamma = node.get("alpha", 1.67326319217681884765625), node.get("gamma", 1.05070102214813232421875)
-    return F.elu(x, alpha) * gamma
+    scaled: Tensor = F.elu(x, alpha) * gamma
+    return scaled
 
 
 def softplus(node: Node, x: Tensor) -> Tensor:

@@ -98,8 +98,11 @@ OPERATORS: Mapping[str, Operator] = MappingProxyType(
     {
         "Abs": _unary(torch.abs),
         "Acos": _unary(torch.acos),
+        "Acosh": _unary(torch.acosh),
         "Asin": _unary(torch.asin),
+        "Asinh": _unary(torch.asinh),
         "Atan": _unary(torch.atan),
+        "Atanh": _unary(torch.atanh),
         "Ceil": _unary(torch.ceil),
         "Cos": _unary(torch.cos),
         "Cosh": _unary(torch.cosh),

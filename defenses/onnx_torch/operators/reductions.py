@@ -70,7 +70,8 @@ def log_sum(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
 
 def log_sum_exp(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
     """ReduceLogSumExp."""
-    return torch.logsumexp(x, axes, keepdim=keep)
+    total_exp: Tensor = torch.logsumexp(x, axes, keepdim=keep)
+    return total_exp
 
 
 def sum_of_squares(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
@@ -83,7 +84,8 @@ def arg_extreme(function: Callable[..., Tensor], node: Node, x: Tensor) -> Tenso
     axis, keep = node.get("axis", 0), bool(node.get("keepdims", 1))
     if not node.get("select_last_index", 0):
         return function(x, dim=axis, keepdim=keep)
-    return x.shape[axis] - 1 - function(x.flip(axis), dim=axis, keepdim=keep)
+    from_the_end = function(x.flip(axis), dim=axis, keepdim=keep)
+    return torch.sub(x.shape[axis] - 1, from_the_end)
 
 
 def top_k(node: Node, x: Tensor, k: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,11 @@ from defenses.onnx_torch.node import Node, Operator, integers
 
 
 def upsample(node: Node, x: Tensor, scales: Tensor | None = None) -> Tensor:
-    """Upsample (opset 7 to 9)."""
+    """Upsample (opset 7 to 9), and Resize as of opset 10."""
     factors = [float(value) for value in (scales.tolist() if scales is not None else node.get("scales"))]
     for axis, factor in enumerate(factors):
-        x = _interpolate(node, x, axis, math.floor(x.shape[axis] * factor), factor, "asymmetric", "floor")
+        nearest = "floor" if factor >= 1 else "ceil"  # as ONNX Runtime has it: the text of opset 10 leaves it open
+        x = _interpolate(node, x, axis, math.floor(x.shape[axis] * factor), factor, "asymmetric", nearest)
     return x
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ def shape(node: Node, x: Tensor) -> Tensor:
     return torch.tensor(x.shape[node.get("start", 0) : node.get("end")], dtype=torch.int64, device="cpu")
 
 
-def count(node: Node, x: Tensor) -> Tensor:
+def size(node: Node, x: Tensor) -> Tensor:
     """Size, always on the CPU."""
     return torch.tensor(x.numel(), dtype=torch.int64, device="cpu")
 
@@ -29,7 +30,7 @@ def reshape(node: Node, x: Tensor, target: Tensor) -> Tensor:
     """Reshape; a 0 keeps the input's size unless ``allowzero``."""
     sizes = integers(target)
     if not node.get("allowzero", 0):
-        sizes = [x.shape[axis] if size == 0 else size for axis, size in enumerate(sizes)]
+        sizes = [x.shape[axis] if extent == 0 else extent for axis, extent in enumerate(sizes)]
     return x.reshape(sizes)
 
 
@@ -68,10 +69,12 @@ def concat(node: Node, *tensors: Tensor) -> Tensor:
 
 def split(node: Node, x: Tensor, sizes: Tensor | None = None) -> Sequence[Tensor]:
     """Split into the given sizes, or evenly, the last part being smaller where it does not come out."""
-    axis, parts = node.get("axis", 0), integers(sizes) if sizes is not None else list(node.get("split", ()))
+    axis = node.get("axis", 0)
+    parts = integers(sizes) if sizes is not None else list(node.get("split", ()))
     if not parts:
-        each = -(-x.shape[axis] // node.get("num_outputs", len(node.outputs)))
-        return torch.split(x, each, axis)
+        count = node.get("num_outputs", len(node.outputs))
+        each = -(-x.shape[axis] // count)
+        parts = [max(0, min(each, x.shape[axis] - each * place)) for place in range(count)]
     return torch.split(x, parts, axis)
 
 
@@ -100,7 +103,7 @@ def cut(
 
 def expand(node: Node, x: Tensor, target: Tensor) -> Tensor:
     """Expand, broadcasting both ways."""
-    return x.expand(torch.broadcast_shapes(x.shape, tuple(integers(target))))
+    return x.expand(np.broadcast_shapes(tuple(x.shape), tuple(integers(target))))
 
 
 def tile(node: Node, x: Tensor, repeats: Tensor) -> Tensor:
@@ -129,14 +132,14 @@ def pad(
 def _pad_axis(x: Tensor, axis: int, before: int, after: int, mode: str) -> Tensor:
     if not before and not after:
         return x
-    size = x.shape[axis]
-    where = torch.arange(-before, size + after, device=x.device)
+    extent = x.shape[axis]
+    where = torch.arange(-before, extent + after, device=x.device)
     if mode == "edge":
-        where = where.clamp(0, size - 1)
+        where = where.clamp(0, extent - 1)
     elif mode == "wrap":
-        where = where.remainder(size)
+        where = where.remainder(extent)
     else:
-        period = max(1, 2 * (size - 1))
+        period = max(1, 2 * (extent - 1))
         where = where.remainder(period)
         where = torch.minimum(where, period - where)
     return x.index_select(axis, where)
@@ -172,7 +175,7 @@ OPERATORS: Mapping[str, Operator] = MappingProxyType(
         "Pad": Operator(pad, host=(1, 2, 3), since=2),
         "Reshape": Operator(reshape, host=(1,), since=5),
         "Shape": Operator(shape),
-        "Size": Operator(count),
+        "Size": Operator(size),
         "Slice": Operator(cut, host=(1, 2, 3, 4)),
         "SpaceToDepth": Operator(space_to_depth),
         "Split": Operator(split, host=(1,), since=2),

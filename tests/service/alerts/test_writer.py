@@ -2,13 +2,14 @@ import asyncio
 import sqlite3
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from service.alerts import (
     Alert,
@@ -24,6 +25,7 @@ from service.alerts import (
     Vault,
     new_alert_id,
 )
+from service.alerts.database import build_engine
 
 MakePending = Callable[..., PendingAlert]
 IMAGE = b"\x89PNG\r\n\x1a\n" + bytes(92)
@@ -47,15 +49,20 @@ async def _running(log: AlertLog, vault: Vault, capacity: int, **options: Any) -
     await writer.stop()
 
 
-@contextmanager
-def _table_away(file: Path) -> Iterator[Callable[[], None]]:
+@asynccontextmanager
+async def _table_away(database_url: str) -> AsyncIterator[Callable[[], Awaitable[None]]]:
     """Break the database: the table is gone, until what this gives is called."""
-    connection = sqlite3.connect(file, isolation_level=None, timeout=30)
-    connection.execute("ALTER TABLE alerts RENAME TO alerts_away")
+    engine = build_engine(database_url)
+
+    async def rename(old: str, new: str) -> None:
+        async with engine.begin() as connection:
+            await connection.execute(text(f"ALTER TABLE {old} RENAME TO {new}"))
+
+    await rename("alerts", "alerts_away")
     try:
-        yield lambda: connection.execute("ALTER TABLE alerts_away RENAME TO alerts").close()
+        yield lambda: rename("alerts_away", "alerts")
     finally:
-        connection.close()
+        await engine.dispose()
 
 
 @contextmanager
@@ -112,10 +119,10 @@ async def test_alerts_are_written_without_waiting_for_the_stop(
 
 
 async def test_a_full_queue_refuses_after_the_timeout_and_goes_on_once_the_database_answers(
-    log: AlertLog, sqlite_file: Path, vault: Vault, make_pending: MakePending
+    log: AlertLog, database_url: str, vault: Vault, make_pending: MakePending
 ) -> None:
     async with _running(log, vault, 10) as writer:
-        with _table_away(sqlite_file) as bring_back:
+        async with _table_away(database_url) as bring_back:
             await writer.submit([make_pending(request_id="first") for _ in range(8)], timeout=1)
             began = time.monotonic()
             with pytest.raises(AlertQueueFull) as refusal:
@@ -125,44 +132,46 @@ async def test_a_full_queue_refuses_after_the_timeout_and_goes_on_once_the_datab
             await writer.submit([make_pending(request_id="fits") for _ in range(2)], timeout=0)
             with pytest.raises(AlertQueueFull):
                 await writer.submit([make_pending(request_id="refused")], timeout=0)
-            bring_back()
+            await bring_back()
         await writer.submit([make_pending(request_id="later") for _ in range(10)], timeout=10)
     assert [alert.request_id for alert in await _written(log)] == ["first"] * 8 + ["fits"] * 2 + ["later"] * 10
 
 
 async def test_the_queue_is_bounded_in_bytes_too(
-    log: AlertLog, sqlite_file: Path, vault: Vault, make_pending: MakePending
+    log: AlertLog, database_url: str, vault: Vault, make_pending: MakePending
 ) -> None:
     async with _running(log, vault, 1000, capacity_bytes=1000) as writer:
-        with _table_away(sqlite_file) as bring_back:
-            await writer.submit([make_pending(image=bytes(600))], timeout=0)
-            with pytest.raises(AlertQueueFull):
-                await writer.submit([make_pending(image=bytes(401))], timeout=0.05)
-            await writer.submit([make_pending(image=bytes(400))], timeout=0)
-            bring_back()
-    assert len(await _written(log)) == 2
+        for _ in range(2):
+            async with _table_away(database_url) as bring_back:
+                await writer.submit([make_pending(image=bytes(600))], timeout=0)
+                with pytest.raises(AlertQueueFull):
+                    await writer.submit([make_pending(image=bytes(401))], timeout=0.05)
+                await writer.submit([make_pending(image=bytes(400))], timeout=0)
+                await bring_back()
+            await _until(lambda: writer.depth == 0)
+    assert len(await _written(log)) == 4
 
 
 async def test_more_alerts_than_the_queue_holds_are_accepted_once_it_is_empty(
-    log: AlertLog, sqlite_file: Path, vault: Vault, make_pending: MakePending
+    log: AlertLog, database_url: str, vault: Vault, make_pending: MakePending
 ) -> None:
     async with _running(log, vault, 4, capacity_bytes=1000) as writer:
         await writer.submit([make_pending() for _ in range(9)], timeout=0)
         await writer.submit([make_pending(image=bytes(5000))], timeout=10)
         await _until(lambda: writer.depth == 0)
-        with _table_away(sqlite_file) as bring_back:
+        async with _table_away(database_url) as bring_back:
             await writer.submit([make_pending()], timeout=10)
             with pytest.raises(AlertQueueFull):
                 await writer.submit([make_pending() for _ in range(9)], timeout=0.05)
-            bring_back()
+            await bring_back()
     assert len(await _written(log)) == 11
 
 
 async def test_those_who_wait_are_served_in_turn_and_all_or_none(
-    log: AlertLog, sqlite_file: Path, vault: Vault, make_pending: MakePending
+    log: AlertLog, database_url: str, vault: Vault, make_pending: MakePending
 ) -> None:
     async with _running(log, vault, 10) as writer:
-        with _table_away(sqlite_file) as bring_back:
+        async with _table_away(database_url) as bring_back:
             await writer.submit([make_pending(request_id="0") for _ in range(9)], timeout=1)
             large = [make_pending(request_id="1") for _ in range(10)]
             waiting = [
@@ -170,23 +179,23 @@ async def test_those_who_wait_are_served_in_turn_and_all_or_none(
             ]
             await asyncio.sleep(0.05)
             assert writer.depth == 9
-            bring_back()
+            await bring_back()
         await asyncio.gather(*waiting)
     assert [alert.request_id for alert in await _written(log)] == ["0"] * 9 + ["1"] * 10 + ["2"]
 
 
 async def test_a_request_that_is_given_up_while_it_waits_leaves_no_alert_and_no_lock(
-    log: AlertLog, sqlite_file: Path, vault: Vault, make_pending: MakePending
+    log: AlertLog, database_url: str, vault: Vault, make_pending: MakePending
 ) -> None:
     async with _running(log, vault, 1) as writer:
-        with _table_away(sqlite_file) as bring_back:
+        async with _table_away(database_url) as bring_back:
             await writer.submit([make_pending(request_id="first")], timeout=1)
             waiting = asyncio.create_task(writer.submit([make_pending(request_id="given up")], timeout=10))
             await asyncio.sleep(0.02)
             waiting.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await waiting
-            bring_back()
+            await bring_back()
         await writer.submit([make_pending(request_id="second")], timeout=10)
     assert [alert.request_id for alert in await _written(log)] == ["first", "second"]
 
@@ -236,17 +245,17 @@ async def test_a_database_locked_for_a_while_loses_nothing(
 
 
 async def test_a_database_that_fails_and_recovers_loses_nothing(
-    log: AlertLog, sqlite_file: Path, vault: Vault, make_pending: MakePending
+    log: AlertLog, database_url: str, vault: Vault, make_pending: MakePending
 ) -> None:
     errors: list[Exception] = []
     alerts = [make_pending() for _ in range(12)]
     async with _running(log, vault, 100, batch_size=5, on_error=errors.append) as writer:
         for outage in range(3):
-            with _table_away(sqlite_file) as bring_back:
+            async with _table_away(database_url) as bring_back:
                 await writer.submit(alerts[4 * outage : 4 * outage + 4], timeout=1)
                 seen = len(errors)
                 await _until(lambda seen=seen: len(errors) > seen)  # type: ignore[misc]
-                bring_back()
+                await bring_back()
             await _until(lambda: writer.depth == 0)
     assert [alert.id for alert in await _written(log)] == [pending.alert.id for pending in alerts]
 
@@ -273,19 +282,19 @@ async def test_a_stop_that_comes_too_early_says_how_many_alerts_are_missing(
 
 
 async def test_a_stop_refuses_those_who_come_or_wait(
-    log: AlertLog, sqlite_file: Path, vault: Vault, make_pending: MakePending
+    log: AlertLog, database_url: str, vault: Vault, make_pending: MakePending
 ) -> None:
     writer = AlertWriter(log, vault, 1)
     with pytest.raises(AlertWriterStopped):
         await writer.submit([make_pending()], timeout=1)
     await writer.start()
-    with _table_away(sqlite_file) as bring_back:
+    async with _table_away(database_url) as bring_back:
         await writer.submit([make_pending()], timeout=1)
         waiting = [asyncio.create_task(writer.submit([make_pending()], timeout=10)) for _ in range(3)]
         await asyncio.sleep(0.02)
         stopping = asyncio.create_task(writer.stop())
         results = await asyncio.gather(*waiting, return_exceptions=True)
-        bring_back()
+        await bring_back()
         await stopping
     assert [type(result) for result in results] == [AlertWriterStopped] * 3
     with pytest.raises(AlertWriterStopped):
@@ -382,16 +391,16 @@ async def test_neither_files_nor_pruning_run_on_the_event_loop(
 
 
 async def test_a_listener_that_fails_does_not_stop_the_writer(
-    log: AlertLog, sqlite_file: Path, vault: Vault, make_pending: MakePending, caplog: pytest.LogCaptureFixture
+    log: AlertLog, database_url: str, vault: Vault, make_pending: MakePending, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(_news: object) -> None:
         raise RuntimeError("the listener is broken")
 
     async with _running(log, vault, 10, on_written=fail, on_error=fail) as writer:
-        with _table_away(sqlite_file) as bring_back:
+        async with _table_away(database_url) as bring_back:
             await writer.submit([make_pending()], timeout=1)
             await _until(lambda: "the listener is broken" in caplog.text)
-            bring_back()
+            await bring_back()
         await _until(lambda: writer.depth == 0)
         await writer.submit([make_pending()], timeout=1)
     assert len(await _written(log)) == 2
