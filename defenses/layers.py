@@ -89,20 +89,20 @@ def passed_by_all(nodes: Sequence[Node], image: str, logits: str) -> list[str]:
 def find_tap(layers: Mapping[str, Layer], passed: Sequence[str], inputs: Mapping[str, Sequence[str]]) -> Layer:
     """Return the layer that the Inspector looks at.
 
-    It is the last value, before the maps shrink again, whose height and width are half of the first convolution's
-    output; of those on every path to the logits if there are such. Where the maps never halve (a vision transformer),
+    It is the last value, before the maps shrink again, whose height and width are about half of the first
+    convolution's output; of those on every path to the logits if there are such. Where the maps never halve (a vision transformer),
     it is the residual sum of tokens nearest to the middle of the depth. ``passed`` are the values on every path,
     ``inputs`` the values that each value is computed from. Raises ``LayerNotFound``.
     """
     stem = next((layer for layer in layers.values() if layer.operator == "Conv" and len(layer.shape) == 3), None)
     if stem is not None:
-        halves = [{size // 2, -(-size // 2)} for size in stem.shape[1:]]
         common = set(passed)
         for rows in (1, 0):  # channels first, or last as in Swin
             fitting = [
                 layer
                 for layer in layers.values()
-                if len(layer.shape) == 3 and all(layer.shape[rows + place] in half for place, half in enumerate(halves))
+                if len(layer.shape) == 3
+                and all(_halved(layer.shape[rows + place], size) for place, size in enumerate(stem.shape[1:]))
             ]
             if fitting:
                 return next((layer for layer in reversed(fitting) if layer.name in common), fitting[-1])
@@ -119,6 +119,11 @@ def find_tap(layers: Mapping[str, Layer], passed: Sequence[str], inputs: Mapping
     raise LayerNotFound(
         "No layer was found for the Inspector: no maps of half the stem's size, no residual sums of tokens. Name one."
     )
+
+
+def _halved(size: int, stem: int) -> bool:
+    """Say whether a size is a half, give or take what unpadded convolutions cut off."""
+    return 1.5 <= stem / size <= 2.5
 
 
 def find_head(layers: Mapping[str, Layer], passed: Sequence[str], logits: str) -> Layer:

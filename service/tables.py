@@ -6,10 +6,13 @@ from service.evaluate import Report
 
 
 def report_table(report: Report) -> Table:
-    """Return a report as a table, rates in percent."""
-    table = Table(title=f"{report.model}, version {report.version}, through HTTP")
-    table.add_column("input", overflow="fold")
-    for heading in ("attacked", "sent", "bare right", "protected right", "alerted", "resisted", "mean L2"):
+    """Return a report as a table: the share of right answers, bare and protected, of alerts and of resisted images."""
+    table = Table(
+        title=f"{report.model}, version {report.version}, through HTTP",
+        caption="\n".join(row.attack for row in report.attacks),
+    )
+    table.add_column("input")
+    for heading in ("attacked", "sent", "bare", "protected", "alerted", "resisted", "mean L2"):
         table.add_column(heading, justify="right")
     clean = report.clean
     table.add_row(
@@ -22,7 +25,7 @@ def report_table(report: Report) -> Table:
     )
     for row in report.attacks:
         table.add_row(
-            row.attack,
+            row.attack.partition(":")[0],
             str(row.attempted),
             str(row.fooling),
             _percent(0),  # only what fools the bare classifier is sent

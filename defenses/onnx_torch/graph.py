@@ -44,7 +44,8 @@ def read_graph(model: ModelProto) -> Graph:
     """
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
-    opset = default_opset(model)
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    opsets |= dict.fromkeys(DEFAULT_DOMAINS, default_opset(model))
     names = {tensor.name for tensor in model.graph.initializer}
     inputs = [value.name for value in model.graph.input if value.name not in names]
     if len(inputs) != 1:
@@ -52,7 +53,7 @@ def read_graph(model: ModelProto) -> Graph:
     outputs = tuple(value.name for value in model.graph.output)
     protos = _needed(model.graph.node, outputs)
     constants = _initializers(model, {name for proto in protos for name in proto.input} | set(outputs))
-    nodes = _fold(_read_nodes(protos, opset, constants), constants)
+    nodes = _fold(_read_nodes(protos, opsets, constants), constants)
     used = {name for node in nodes for name in node.inputs} | set(outputs)
     kept = {name: tensor for name, tensor in constants.items() if name in used}
     content = _content(inputs[0], nodes)
@@ -78,7 +79,7 @@ def call(node: Node, inputs: Sequence[Tensor | None]) -> Sequence[Tensor]:
 
 
 def _needed(nodes: Sequence[NodeProto], outputs: Iterable[str]) -> list[NodeProto]:
-    wanted, kept = set(outputs), []
+    wanted, kept = set(outputs), list[NodeProto]()
     for node in reversed(nodes):
         if wanted.intersection(node.output):
             wanted.update(node.input)
@@ -99,10 +100,11 @@ def _initializers(model: ModelProto, used: Collection[str]) -> dict[str, Tensor]
     return constants
 
 
-def _read_nodes(protos: Sequence[NodeProto], opset: int, constants: dict[str, Tensor]) -> list[Node]:
+def _read_nodes(protos: Sequence[NodeProto], opsets: Mapping[str, int], constants: dict[str, Tensor]) -> list[Node]:
     """Read the nodes; those of operator Constant go to ``constants``."""
     nodes, refused = [], []
     for proto in protos:
+        opset = opsets.get(proto.domain, 1)
         try:
             node = Node.read(proto, opset)
             reason = _refusal(node)
@@ -144,7 +146,7 @@ def _constant(node: Node) -> Tensor:
 def _fold(nodes: Sequence[Node], constants: dict[str, Tensor]) -> tuple[Node, ...]:
     """Compute the nodes that read constants alone, into ``constants``; return the others."""
     rest = []
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.no_grad():
         for node in nodes:
             if all(not name or name in constants for name in node.inputs):
                 results = call(node, [constants.get(name) for name in node.inputs])

@@ -37,7 +37,8 @@ class OnnxModule(nn.Module):
 
     def __init__(self, model: onnx.ModelProto) -> None:
         super().__init__()
-        graph = read_graph(model)
+        with torch.inference_mode(False):
+            graph = read_graph(model)
         self.input = graph.input
         self.outputs = graph.outputs
         self.nodes = graph.nodes

@@ -20,7 +20,7 @@ def build_engine(database_url: str) -> AsyncEngine:
     """Build the engine for a database; nothing is connected yet.
 
     In SQLite every connection writes ahead (readers and the writer do not stop each other), waits for locks and
-    checks foreign keys. Raises DatabaseUnsuitable.
+    checks foreign keys.
     """
     engine = create_async_engine(database_url, pool_pre_ping=True)
     if engine.dialect.name == "sqlite":

@@ -47,11 +47,6 @@ class Vault:
         with self._lock:
             return sum(self._accounts().values())
 
-    @property
-    def over_budget(self) -> bool:
-        """Whether more bytes are kept than the budget allows: time to prune."""
-        return self.used_bytes > self._max_bytes
-
     def store(self, alert_id: str, created: datetime, media_type: str, data: bytes) -> bool:
         """Store an input; a reader sees all of it or nothing, even after a crash. Storing it again replaces it.
 
@@ -87,7 +82,7 @@ class Vault:
         with self._lock:
             accounts = self._accounts()
             while (oldest := self._peek_oldest()) is not None:
-                if alert_id_time(Path(oldest.name).stem) >= oldest_kept and not self.over_budget:
+                if alert_id_time(Path(oldest.name).stem) >= oldest_kept and self.used_bytes <= self._max_bytes:
                     break
                 (self._folder / self._oldest_day / oldest.name).unlink(missing_ok=True)
                 self._oldest.popleft()

@@ -84,12 +84,13 @@ def _measure(client: Client, store: Path) -> list[Measured]:
 def _samples(measured: list[Measured]) -> Table:
     table = Table(title="A few of the images")
     for heading in ("input", "true", "bare answer", "protected answer", "verdict"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading)
     for kind in measured:
         for row in range(4):
             told = kind.told
             verdict = "alert" if told.alerted[row] else "accepted"
-            table.add_row(kind.kind, str(kind.targets[row]), str(kind.bare[row]), str(told.class_index[row]), verdict)
+            answers = (kind.targets[row], kind.bare[row], told.class_index[row])
+            table.add_row(kind.kind.partition(":")[0], *map(str, answers), verdict)
         table.add_section()
     return table
 

@@ -33,6 +33,7 @@ def torchvision_models() -> Iterator[ModuleType]:
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import torchvision
     yield torchvision.models
+    del library  # what it defines goes with it
 
 
 @pytest.fixture(scope="session")

@@ -134,7 +134,9 @@ g (float[N, 3, 8, 8] image) => (float[N, L, 3] y)
 """
 
 
-@pytest.mark.parametrize("model", [small(), onnx.parser.parse_model(RESHAPING)], ids=["small", "shapes computed from the image's"])
+@pytest.mark.parametrize(
+    "model", [small(), onnx.parser.parse_model(RESHAPING)], ids=["small", "shapes computed from the image's"]
+)
 def test_shapes_are_computed_without_reading_the_device(model: ModelProto) -> None:
     """Tensors on the meta device hold no data: reading one, as waiting for an accelerator would, raises."""
     module = OnnxModule(model).to("meta")

@@ -68,7 +68,7 @@ async def test_a_batch_written_again_doubles_no_row(log: AlertLog, make_alert: M
 
 async def test_a_batch_that_cannot_be_written_whole_leaves_nothing(log: AlertLog, make_alert: MakeAlert) -> None:
     broken = make_alert().model_copy(update={"label": None})
-    with pytest.raises(AlertLogUnavailable, match="(?i)null") as refusal:
+    with pytest.raises(AlertLogUnavailable, match=r"(?i)null") as refusal:
         await log.add([make_alert(), broken])
     assert broken.client not in str(refusal.value)
     assert await log.count(EVERYTHING) == 0
