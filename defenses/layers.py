@@ -90,9 +90,9 @@ def find_tap(layers: Mapping[str, Layer], passed: Sequence[str], inputs: Mapping
     """Return the layer that the Inspector looks at.
 
     It is the last value, before the maps shrink again, whose height and width are about half of the first
-    convolution's output; of those on every path to the logits if there are such. Where the maps never halve (a vision transformer),
-    it is the residual sum of tokens nearest to the middle of the depth. ``passed`` are the values on every path,
-    ``inputs`` the values that each value is computed from. Raises ``LayerNotFound``.
+    convolution's output; of those on every path to the logits if there are such. Where the maps never halve (a vision
+    transformer), it is the residual sum of tokens nearest to the middle of the depth. ``passed`` are the values on
+    every path, ``inputs`` the values that each value is computed from. Raises ``LayerNotFound``.
     """
     stem = next((layer for layer in layers.values() if layer.operator == "Conv" and len(layer.shape) == 3), None)
     if stem is not None:

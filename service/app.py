@@ -12,10 +12,20 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from service.alerts import AlertLog, AlertNotFound, AlertQueueFull, AlertWriter, ImageNotKept, Vault
+from service.alerts import (
+    AlertLog,
+    AlertLogUnavailable,
+    AlertNotFound,
+    AlertQueueFull,
+    AlertWriter,
+    AlertWriterStopped,
+    ImageNotKept,
+    Vault,
+)
 from service.batching import BatcherClosed, QueueFull
 from service.body_limit import BodyLimit, BodyTooLarge
 from service.disclosure import OutputUnknown, OutputWithheld
+from service.engine import check_device
 from service.gateway import Gateway, RequestTimedOut
 from service.images import ImageRefused, TensorRefused
 from service.metrics import Metrics
@@ -44,6 +54,8 @@ STATUS: Mapping[type[Exception], int] = {
     BodyTooLarge: 413,
     QueueFull: 429,
     AlertQueueFull: 429,
+    AlertLogUnavailable: 503,
+    AlertWriterStopped: 503,
     BatcherClosed: 503,
     ModelUnavailable: 503,
     DefenseFailed: 503,
@@ -59,6 +71,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def running(app: FastAPI) -> AsyncIterator[None]:
+        await asyncio.to_thread(check_device, settings.device)
         metrics = Metrics()
         log = await AlertLog.open(settings.database)
         vault = Vault(settings.inputs, settings.inputs_max_bytes, timedelta(days=settings.inputs_max_days))
@@ -69,6 +82,7 @@ def create_app(settings: Settings) -> FastAPI:
             on_written=metrics.alerts_written.inc,
             on_error=lambda _: metrics.alert_write_failures.inc(),
         )
+        metrics.alert_queue_depth.set_function(lambda: writer.depth)
         repository = Repository(settings, metrics)
         app.state.gateway = Gateway(settings, metrics, repository, log, vault, writer)
         await writer.start()
@@ -79,8 +93,10 @@ def create_app(settings: Settings) -> FastAPI:
         finally:
             await asyncio.gather(loading, return_exceptions=True)
             await repository.stop()
-            await writer.stop()
-            await log.close()
+            try:
+                await writer.stop(settings.shutdown_seconds)
+            finally:
+                await log.close()
 
     app = FastAPI(
         title="Portcullis",
@@ -116,15 +132,15 @@ async def _refuse(request: Request, error: Exception) -> JSONResponse:
     return _error(status, str(error), headers)
 
 
-async def _framework_error(_: Request, error: Exception) -> JSONResponse:
+async def _framework_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    return _error(error.status_code, str(error.detail), error.headers)
+    return _error(error.status_code, f"{error.detail}: {request.method} {request.url.path}.", error.headers)
 
 
 async def _unprocessable(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     faults = [f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}" for fault in error.errors()]
-    return _error(422, "; ".join(faults))
+    return _error(422, f"{'; '.join(faults)}.")
 
 
 async def _unexpected(_: Request, error: Exception) -> JSONResponse:

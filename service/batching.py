@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -18,7 +18,6 @@ class QueueFull(RuntimeError):
     """A model has as many images waiting as it may."""
 
     def __init__(self, model: str, waiting: int, capacity: int) -> None:
-        self.retry_after = 1
         super().__init__(f"{waiting} images wait for model {model!r} already and at most {capacity} may; try again.")
 
 
@@ -29,7 +28,7 @@ class BatcherClosed(RuntimeError):
         super().__init__(f"Model {model!r} is stopping and takes no more images.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Waiting:
     images: np.ndarray
     answer: asyncio.Future[Answers]
@@ -88,8 +87,10 @@ class Batcher:
         self._waiting.extend(pieces)
         self._count(len(images))
         self._arrived.set()
-        gathered = asyncio.gather(*(piece.answer for piece in pieces))
-        return await gathered
+        try:
+            return await asyncio.gather(*(piece.answer for piece in pieces))
+        finally:
+            self._withdraw(pieces)
 
     async def stop(self) -> None:
         """Refuse further images, answer those that were taken, and end."""
@@ -110,21 +111,25 @@ class Batcher:
             else:
                 self._arrived.clear()
 
+    def _withdraw(self, pieces: Sequence[_Waiting]) -> None:
+        """Take out of the queue what still waits of a request that was cancelled or has failed."""
+        for piece in pieces:
+            if piece in self._waiting:
+                self._waiting.remove(piece)
+                self._count(-len(piece.images))
+
     def _next_batch(self) -> list[_Waiting]:
         batch: list[_Waiting] = []
         size = 0
         while self._waiting and (not batch or size + len(self._waiting[0].images) <= self.max_batch):
             piece = self._waiting.popleft()
             self._count(-len(piece.images))
-            if not piece.answer.cancelled():
-                batch.append(piece)
-                size += len(piece.images)
+            self._metrics.stage_seconds.labels("queue").observe(perf_counter() - piece.since)
+            batch.append(piece)
+            size += len(piece.images)
         return batch
 
     async def _answer(self, batch: list[_Waiting]) -> None:
-        now = perf_counter()
-        for piece in batch:
-            self._metrics.stage_seconds.labels("queue").observe(now - piece.since)
         try:
             answers = await self._compute(np.concatenate([piece.images for piece in batch]))
         except Exception as error:
@@ -132,7 +137,8 @@ class Batcher:
                 _settle(batch[0], error)
                 return
             for piece in batch:
-                await self._answer([piece])
+                if not piece.answer.done():
+                    await self._answer([piece])
             return
         first = 0
         for piece in batch:

@@ -1,6 +1,6 @@
 """A version's graph on ONNX Runtime, pruned to the outputs that are asked of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,7 +10,12 @@ import onnx
 import onnxruntime
 from onnx.utils import Extractor
 
-PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+Device = Literal["cpu", "cuda"]
+
+PROVIDERS: Mapping[Device, list[str]] = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
+}
 
 
 class GraphUnloadable(ValueError):
@@ -74,12 +79,11 @@ class Engine:
         path: Path,
         outputs: Sequence[str],
         *,
-        device: Literal["cpu", "cuda"] = "cpu",
+        device: Device = "cpu",
         threads: int = 0,
         noise: bool = True,
     ) -> None:
-        if device == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            raise DeviceUnavailable(device, onnxruntime.get_available_providers())
+        _check_providers(device, onnxruntime.get_available_providers())
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
@@ -93,8 +97,7 @@ class Engine:
             )
         except Exception as error:  # the runtime's own exceptions share no narrower ancestor
             raise GraphUnloadable(path, str(error).strip()) from error
-        if device == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():
-            raise DeviceUnavailable(device, self._session.get_providers())
+        _check_providers(device, self._session.get_providers())
         self._outputs = list(outputs)
         has_noise = any(value.name == "noise_scale" for value in self._session.get_overridable_initializers())
         self._fixed = {"noise_scale": np.zeros((), np.float32)} if has_noise and not noise else {}
@@ -106,11 +109,35 @@ class Engine:
 
 
 def outputs_of(path: Path) -> set[str]:
-    """Return the names of a graph's outputs."""
-    return {value.name for value in onnx.load(path, load_external_data=False).graph.output}
+    """Return the names of a graph's outputs; raises ``GraphUnloadable`` for a file that holds no graph."""
+    try:
+        return {value.name for value in onnx.load(path, load_external_data=False).graph.output}
+    except Exception as error:  # protobuf's errors and the file system's share no narrower ancestor
+        raise GraphUnloadable(path, str(error)) from error
+
+
+def check_device(device: Device) -> None:
+    """Raise ``DeviceUnavailable`` unless a graph can be run on the device."""
+    if device == "cpu":
+        return
+    value, number = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    graph = onnx.helper.make_graph([node], "identity", [value("x", number, [1])], [value("y", number, [1])])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=PROVIDERS[device])
+    _check_providers(device, session.get_providers())
+
+
+def _check_providers(device: Device, providers: Sequence[str]) -> None:
+    if PROVIDERS[device][0] not in providers:
+        raise DeviceUnavailable(device, providers)
 
 
 def _pruned(path: Path, outputs: Sequence[str]) -> onnx.ModelProto:
     model = onnx.load(path, load_external_data=False)
-    inputs = [value.name for value in model.graph.input]
-    return Extractor(model).extract_model(inputs, list(outputs))
+    pruned = Extractor(model).extract_model([value.name for value in model.graph.input], list(outputs))
+    # The noise's scale would be an input that has no default any more, where nothing reads it.
+    read = {name for node in pruned.graph.node for name in node.input}
+    for value in [value for value in pruned.graph.input if value.name not in read]:
+        pruned.graph.input.remove(value)
+    return pruned

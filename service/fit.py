@@ -93,8 +93,8 @@ class _Fit:
         self.progress, self.command = progress, command
         self.device = _device(plan.device)
         self.classifier = Classifier.load(fetched.folder / GRAPH).eval().to(self.device)
-        layer = plan.layer or fetched.manifest.layers["tap"]
-        self.layer = self.classifier.resolve_layer(layer)
+        layer = plan.layer or fetched.manifest.layers.get("tap")
+        self.layer = self.classifier.resolve_layer(layer) if layer else self.classifier.tap
         check_budget(len(dataset.calibration.targets), plan.budget)
 
     def publish(self) -> Manifest:

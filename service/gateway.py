@@ -66,7 +66,7 @@ class Gateway:
         except TimeoutError as error:
             outcome = RequestTimedOut.__name__
             raise RequestTimedOut(self.settings.request_seconds) from error
-        except Exception as error:
+        except BaseException as error:
             outcome = type(error).__name__
             raise
         finally:
@@ -100,15 +100,15 @@ class Gateway:
             return [_pending(model, decision, ids[row], row, received[row](), caller, now) for row in rows]
 
         await self.writer.submit(await asyncio.to_thread(pend), self.settings.alert_wait_seconds)
-        self.metrics.alert_queue_depth.set(self.writer.depth)
 
     def _count(self, model: ServedModel, decision: Decision) -> None:
         metrics = self.metrics
         for verdict in decision.verdicts:
             metrics.predictions.labels(model.name, verdict).inc()
         if decision.scores is not None:
-            for score in decision.scores.tolist():
-                metrics.scores.labels(model.name).observe(score)
+            for score, verdict in zip(decision.scores.tolist(), decision.verdicts, strict=True):
+                if verdict != "undefended":
+                    metrics.scores.labels(model.name).observe(score)
         for index in decision.protected_class[decision.alerted].tolist():
             metrics.alerts.labels(model.name, model.manifest.labels[index]).inc()
         if decision.undefended_class_index is not None:

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 import onnx
 from torch import nn
 
-from defenses.classifier import Classifier
+from defenses.classifier import Classifier, LayerNotFound
 from defenses.onnx_export import save_graph
 from defenses.onnx_import import canonicalise
 from defenses.onnx_parity import check_parity
@@ -53,7 +54,7 @@ def register(
 
     A module is exported and its code is not needed again. The interpreted form of the graph is checked against ONNX
     Runtime before anything is published. Raises ``GraphUnsuitable``, ``OperatorUnsupported``, ``ParityBroken``,
-    ``LayerNotFound``, ``LabelsWrong``, and the store's errors.
+    ``LayerNotFound`` for a layer that is named, ``LabelsWrong``, and the store's errors.
     """
     if isinstance(source, nn.Module):
         if declared.shape is None:
@@ -72,8 +73,6 @@ def register(
     labels = declared.labels or tuple(str(index) for index in range(classifier.classes))
     if len(labels) != classifier.classes:
         raise LabelsWrong(labels, classifier.classes)
-    tap = classifier.resolve_layer(declared.tap) if declared.tap else classifier.tap
-    head = classifier.resolve_layer(declared.head) if declared.head else classifier.head_layer
     draft = Draft(
         kind="classifier",
         input=InputSpec(
@@ -83,7 +82,7 @@ def register(
             resize=declared.resize,
         ),
         labels=labels,
-        layers={"tap": tap.name, "head": head.name},
+        layers=_layers(classifier, declared),
         metrics={"parity": parity.max_abs_difference},
         libraries=library_versions(),
         command=command,
@@ -94,3 +93,15 @@ def register(
     if SERVING not in store.aliases(name):
         store.set_alias(name, SERVING, manifest.version)
     return manifest
+
+
+def _layers(classifier: Classifier, declared: Declaration) -> dict[str, str]:
+    """Return the layers named, or found by themselves; one that a network does not have is left out."""
+    layers = {}
+    for role, named in (("tap", declared.tap), ("head", declared.head)):
+        if named:
+            layers[role] = classifier.resolve_layer(named).name
+            continue
+        with suppress(LayerNotFound):
+            layers[role] = (classifier.tap if role == "tap" else classifier.head_layer).name
+    return layers

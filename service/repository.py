@@ -31,7 +31,7 @@ class ModelNotFound(KeyError):
 
 
 class ModelUnavailable(RuntimeError):
-    """A model was asked for in service but could not be loaded."""
+    """A model was asked for in service but is not loaded yet, or could not be."""
 
     def __init__(self, name: str, reason: str) -> None:
         self.name = name
@@ -81,15 +81,18 @@ class Repository:
     def get(self, name: str, version: str | None = None) -> ServedModel:
         """Return a version in service, the first one loaded when none is named.
 
-        Raises ``ModelNotFound``, and ``ModelUnavailable`` for a model that could not be loaded.
+        Raises ``ModelNotFound``, and ``ModelUnavailable`` for a model that is not loaded yet or could not be.
         """
         versions = self._served.get(name, {})
         if version is None and versions:
             return next(iter(versions.values()))
-        if version is not None and version.isdecimal() and int(version) in versions:
-            return versions[int(version)]
+        for number, served in versions.items():
+            if str(number) == version:
+                return served
         if name in self._broken and not versions:
             raise ModelUnavailable(name, self._broken[name])
+        if not self.ready:
+            raise ModelUnavailable(name, "the models are still being loaded.")
         raise ModelNotFound(name, version, sorted(self._served))
 
     def versions(self, name: str) -> list[str]:

@@ -1,10 +1,11 @@
 """The JSON that the gateway's own routes answer."""
 
 from datetime import datetime
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
+from service.alerts import AlertFilter
 from service.settings import Mode
 from service.verdicts import Verdict
 
@@ -70,6 +71,13 @@ class RepositoryEntry(BaseModel):
     version: str
     state: Literal["READY", "UNAVAILABLE"]
     reason: str
+
+
+class AlertQuery(AlertFilter):
+    """Which alerts to list, and which page of them."""
+
+    after: Annotated[int | None, Field(ge=0, lt=2**63, description="The `next` of the page before.")] = None
+    limit: Annotated[int, Field(ge=1, le=1000)] = 100
 
 
 class AlertRow(BaseModel):

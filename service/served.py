@@ -2,16 +2,17 @@
 
 import asyncio
 import logging
+from pathlib import Path
 from typing import Self
 
 import numpy as np
 
 from model_store import Fetched
 from service.batching import Batcher, BatcherClosed, QueueFull
-from service.engine import Answers, Engine, outputs_of
+from service.engine import Answers, Engine, GraphUnloadable, outputs_of
 from service.metrics import Metrics
 from service.settings import Settings
-from service.verdicts import failed_rows
+from service.verdicts import blank, failed_rows
 
 logger = logging.getLogger("portcullis")
 
@@ -51,7 +52,7 @@ class ServedModel:
         )
         self.outputs = frozenset(wanted)
         self._metrics = metrics
-        self._engine.predict(np.zeros((1, *self.manifest.input.shape), np.float32))
+        self._try_out(path)
         self._batcher = Batcher(
             self.name,
             self._engine.predict,
@@ -60,6 +61,17 @@ class ServedModel:
             metrics=metrics,
         )
         self._info = (self.name, str(self.version), self.manifest.kind, self.mode, self.digest)
+
+    def _try_out(self, path: Path) -> None:
+        try:
+            answers = self._engine.predict(np.zeros((1, *self.manifest.input.shape), np.float32))
+        except Exception as error:  # the runtime's own exceptions share no narrower ancestor
+            raise GraphUnloadable(path, str(error).strip()) from error
+        expected = (1, len(self.manifest.labels))
+        if answers.logits.shape != expected:
+            raise GraphUnloadable(
+                path, f"expected logits of shape {expected} for its labels, got {answers.logits.shape}."
+            )
 
     def start(self) -> Self:
         """Start to take images; call within a running event loop."""
@@ -94,7 +106,7 @@ class ServedModel:
     async def _instead(
         self, images: np.ndarray, answers: Answers | None, failed: np.ndarray
     ) -> tuple[Answers, np.ndarray]:
-        """Give the bare answer on the failed rows, or fail closed."""
+        """Give the bare answer on the failed rows, score and purified image zero, or fail closed."""
         self._metrics.defense_errors.labels(self.name).inc(int(failed.sum()))
         if self._bare is None:
             raise DefenseFailed(self.name, int(failed.sum()))
@@ -103,10 +115,13 @@ class ServedModel:
         if not np.isfinite(bare[failed]).all():
             raise DefenseFailed(self.name, int(failed.sum()))
         if answers is None:
-            return Answers(bare, undefended_logits=bare), failed
+            scores = np.zeros(len(images), np.float32) if "score" in self.outputs else None
+            purified = np.zeros_like(images) if "purified" in self.outputs else None
+            return Answers(bare, scores, undefended_logits=bare, purified=purified), failed
         logits = np.where(failed[:, None], bare, answers.logits)
-        scores = None if answers.scores is None else np.where(failed, 0, answers.scores).astype(np.float32)
-        return Answers(logits, scores, answers.alerts, bare, answers.purified), failed
+        scores = None if answers.scores is None else blank(answers.scores, failed)
+        purified = None if answers.purified is None else blank(answers.purified, failed)
+        return Answers(logits, scores, answers.alerts, bare, purified), failed
 
 
 def _wanted(mode: str, settings: Settings) -> list[str]:

@@ -14,5 +14,6 @@ def run(settings: Settings) -> None:
         port=settings.port,
         log_level="warning",
         access_log=False,
+        workers=1,
         timeout_graceful_shutdown=settings.shutdown_seconds,
     )

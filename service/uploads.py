@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 from fastapi import Request
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
 
 from service.images import ImageRefused
 
@@ -19,18 +21,30 @@ class Upload:
 
 async def read_uploads(request: Request, most: int) -> list[Upload]:
     """Return the images that a request holds, at least one and at most ``most``; raises ``ImageRefused``."""
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        data = await request.body()
-        return [Upload("the body", data, media_type_of(data))]
-    async with request.form(max_files=most, max_fields=0) as form:
-        uploads = []
+    body = await request.body()
+    content_type, options = parse_options_header(request.headers.get("content-type"))
+    if content_type != b"multipart/form-data":
+        return [Upload("the body", body, media_type_of(body))]
+    try:
+        uploads = await _read_form(request, most)
+    except HTTPException as error:  # what the framework makes of a form that it cannot read
+        raise ImageRefused(f"The form cannot be read: {error.detail}") from error
+    # The framework takes a form that breaks off for one that ends with its last complete part.
+    if b"--" + options[b"boundary"] + b"--" not in body:
+        raise ImageRefused("The form is truncated; expected its closing boundary.")
+    if not uploads:
+        raise ImageRefused("The form holds no image; expected at least one file.")
+    return uploads
+
+
+async def _read_form(request: Request, most: int) -> list[Upload]:
+    uploads = []
+    async with request.form(max_files=most, max_fields=most) as form:
         for field, part in form.multi_items():
             if not isinstance(part, UploadFile):
                 raise ImageRefused(f"Form field {field!r} is text; expected files only.")
             data = await part.read()
             uploads.append(Upload(part.filename or field, data, media_type_of(data)))
-    if not uploads:
-        raise ImageRefused("The form holds no image; expected at least one file.")
     return uploads
 
 

@@ -37,6 +37,8 @@ class Decision:
 def failed_rows(answers: Answers) -> np.ndarray:
     """Return (N,) which rows hold a logit or a score that is not finite: there the defense itself failed."""
     failed: np.ndarray = ~np.isfinite(answers.logits).all(1)
+    if answers.undefended_logits is not None:
+        failed |= ~np.isfinite(answers.undefended_logits).all(1)
     if answers.scores is not None:
         failed |= ~np.isfinite(answers.scores)
     return failed
@@ -64,13 +66,13 @@ def decide(
         ),
         labels=tuple(None if index < 0 else labels[index] for index in class_index),
         class_index=class_index,
-        logits=_blank(logits, withheld),
-        probabilities=_blank(_softmax(logits), withheld),
+        logits=blank(logits, withheld),
+        probabilities=blank(_softmax(logits), withheld),
         alerted=alerts,
         protected_class=answers.logits.argmax(1).astype(np.int64),
         scores=answers.scores,
         undefended_class_index=None if bare is None else bare.argmax(1).astype(np.int64),
-        purified=None if answers.purified is None else _blank(answers.purified, withheld),
+        purified=None if answers.purified is None else blank(answers.purified, withheld),
         alert_ids=tuple(id if alert else None for id, alert in zip(alert_ids, told, strict=True)),
     )
 
@@ -81,7 +83,8 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     return probabilities
 
 
-def _blank(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def blank(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return values (N, ...) with the given rows, (N,) bool, zero."""
     if rows.any():
         values = values.copy()
         values[rows] = 0

@@ -17,6 +17,7 @@ from defenses.onnx_torch.operators import OPERATORS
 OLDEST_OPSET = 7
 NEWEST_OPSET = 26
 DEFAULT_DOMAINS = ("", "ai.onnx")
+CONSTANT_FORMS = frozenset(("value", "value_float", "value_floats", "value_int", "value_ints"))
 SHAPE_READERS = ("Shape", "Size")
 
 
@@ -105,14 +106,10 @@ def _read_nodes(protos: Sequence[NodeProto], opsets: Mapping[str, int], constant
     nodes, refused = [], []
     for proto in protos:
         opset = opsets.get(proto.domain, 1)
-        try:
-            node = Node.read(proto, opset)
-            reason = _refusal(node)
-        except TypeError as error:
-            reason = str(error)
-        if reason is not None:
+        node = _read_node(proto, opset)
+        if isinstance(node, str):
             domain = proto.domain or DEFAULT_DOMAINS[1]
-            refused.append(Unsupported(proto.op_type, domain, opset, proto.name or proto.output[0], reason))
+            refused.append(Unsupported(proto.op_type, domain, opset, proto.name or proto.output[0], node))
         elif node.operator == "Constant":
             constants[node.outputs[0]] = _constant(node)
         else:
@@ -122,18 +119,22 @@ def _read_nodes(protos: Sequence[NodeProto], opsets: Mapping[str, int], constant
     return nodes
 
 
-def _refusal(node: Node) -> str | None:
-    if node.domain not in DEFAULT_DOMAINS:
+def _read_node(proto: NodeProto, opset: int) -> Node | str:
+    """Return the node, or the reason why it cannot run."""
+    if proto.domain not in DEFAULT_DOMAINS:
         return "operators of this domain are not supported"
-    if node.operator == "Constant":
-        known = any(name.startswith("value") for name in node.attributes)
-        return None if known else "constants of this form are not supported"
-    operator = OPERATORS.get(node.operator)
-    if operator is None:
+    if proto.op_type not in (*OPERATORS, "Constant"):
         return "this operator is not supported"
-    if node.opset < operator.since:
+    try:
+        node = Node.read(proto, opset)
+    except TypeError as error:
+        return str(error)
+    if node.operator == "Constant":
+        return node if CONSTANT_FORMS.issuperset(node.attributes) else "constants of this form are not supported"
+    operator = OPERATORS[node.operator]
+    if opset < operator.since:
         return f"its meaning before opset {operator.since} is not supported"
-    return operator.refuse(node) if operator.refuse else None
+    return (operator.refuse(node) if operator.refuse else None) or node
 
 
 def _constant(node: Node) -> Tensor:

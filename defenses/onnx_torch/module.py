@@ -37,17 +37,17 @@ class OnnxModule(nn.Module):
 
     def __init__(self, model: onnx.ModelProto) -> None:
         super().__init__()
+        self._plans: dict[tuple[str, ...], tuple[Step, ...]] = {}
         with torch.inference_mode(False):
             graph = read_graph(model)
+            self._host_values = graph.host_values
+            self._slots = self._register_constants(graph)
         self.input = graph.input
         self.outputs = graph.outputs
         self.nodes = graph.nodes
         self.values = graph.content
-        self._host_values = graph.host_values
         self._host_constants = {name: value for name, value in graph.constants.items() if name in graph.host_values}
-        self._slots = self._register_constants(graph)
         self._producers = {name: place for place, node in enumerate(graph.nodes) for name in node.outputs if name}
-        self._plans: dict[tuple[str, ...], tuple[Step, ...]] = {}
 
     def forward(self, x: Tensor, outputs: Sequence[str] | None = None) -> tuple[Tensor, ...]:
         """Return the named values for input x, the graph's outputs unless told; only what they need is computed.
@@ -99,13 +99,12 @@ class OnnxModule(nn.Module):
     ) -> Tensor | None:
         if not name:
             return None
-        tensor = values.get(name)
-        if tensor is None:
-            tensor = self._host_constants[name] if host else self._constant(name)
-        target = CPU if host else device
-        if tensor.device == target or node.operator in SHAPE_READERS:
-            return tensor
-        return tensor.to(target, non_blocking=not host)
+        if name not in values:
+            return self._host_constants[name] if host else self._constant(name)
+        tensor = values[name]
+        if host:
+            return tensor.to(CPU)
+        return tensor if node.operator in SHAPE_READERS else tensor.to(device, non_blocking=True)
 
     def _constant(self, name: str) -> Tensor:
         tensor: Tensor = getattr(self, self._slots[name])

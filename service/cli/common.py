@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from model_store import Store, StoreError
+from model_store import Store
 from service.repository import MODELS
 from service.settings import Settings
 
@@ -23,6 +23,8 @@ DataOption = Annotated[
 DataRootOption = Annotated[Path, typer.Option(help="Where torchvision data sets are kept.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the splits, the training and the attacks.")]
 
+OWN_PACKAGES = ("service", "defenses", "model_store")
+
 
 @contextmanager
 def failures_told() -> Iterator[None]:
@@ -32,7 +34,10 @@ def failures_told() -> Iterator[None]:
     except ModuleNotFoundError as error:
         typer.echo(f"portcullis: {error}. This command needs more: pip install 'portcullis[fit]'.", err=True)
         raise typer.Exit(1) from error
-    except (StoreError, ValueError, ArithmeticError, LookupError, OSError) as error:
+    except Exception as error:
+        ours = type(error).__module__.partition(".")[0] in OWN_PACKAGES
+        if not ours and not isinstance(error, ValueError | LookupError | OSError):
+            raise
         typer.echo(f"portcullis: {error}", err=True)
         raise typer.Exit(1) from error
 

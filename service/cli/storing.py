@@ -53,8 +53,8 @@ def register(
         manifest = registering.register(open_models(store), name, source, declared, command=command_line())
         typer.echo(
             f"Registered {name}, version {manifest.version}: {len(manifest.labels)} classes, "
-            f"input {'x'.join(map(str, manifest.input.shape))}, Inspector's layer {manifest.layers['tap']}, "
-            f"NIP's layer {manifest.layers['head']}, parity with ONNX Runtime {manifest.metrics['parity']:.1e}."
+            f"input {'x'.join(map(str, manifest.input.shape))}, Inspector's layer "
+            f"{manifest.layers.get('tap', 'not found')}, NIP's layer {manifest.layers.get('head', 'not found')}, parity with ONNX Runtime {manifest.metrics['parity']:.1e}."
         )
 
 

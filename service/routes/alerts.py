@@ -1,14 +1,12 @@
 """Alerts, for operators."""
 
-from datetime import datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import FileResponse
 
-from service.alerts import AlertFilter
 from service.routes.dependencies import GatewayOf
-from service.schemas import AlertRow, AlertRows
+from service.schemas import AlertQuery, AlertRow, AlertRows
 from service.settings import is_within
 
 
@@ -31,33 +29,9 @@ router = APIRouter(prefix="/v1/alerts", tags=["alerts"], dependencies=[Depends(o
 
 
 @router.get("")
-async def alerts(
-    gateway: GatewayOf,
-    model: str | None = None,
-    version: int | None = None,
-    label: str | None = None,
-    client: str | None = None,
-    request_id: str | None = None,
-    status: str | None = None,
-    since: datetime | None = None,
-    until: datetime | None = None,
-    minimum_score: float | None = None,
-    after: Annotated[int | None, Query(description="The `next` of the page before.", ge=0)] = None,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-) -> AlertRows:
+async def alerts(gateway: GatewayOf, query: Annotated[AlertQuery, Query()]) -> AlertRows:
     """List alerts, newest first."""
-    filters = AlertFilter(
-        model=model,
-        version=version,
-        label=label,
-        client=client,
-        request_id=request_id,
-        status=status,
-        since=since,
-        until=until,
-        minimum_score=minimum_score,
-    )
-    page = await gateway.log.page(filters, after, limit)
+    page = await gateway.log.page(query, query.after, query.limit)
     return AlertRows(
         alerts=[AlertRow.model_validate(alert, from_attributes=True) for alert in page.alerts], next=page.next_cursor
     )

@@ -91,7 +91,7 @@ def _predictions(decision: Decision, served: ServedModel, gateway: Gateway) -> l
                 probabilities=decision.probabilities[row].tolist() if tells_probabilities and not withheld else None,
                 verdict=verdict,
                 alert_id=decision.alert_ids[row],
-                score=None if scores is None else float(scores[row]),
+                score=None if scores is None or verdict == "undefended" else float(scores[row]),
                 undefended_label=None if bare is None else labels[bare[row]],
             )
         )

@@ -106,7 +106,8 @@ async def infer(
         with gateway.metrics.stage("encode"):
             outputs = [OutputTensor(name, _values(decision, name), binary) for name, binary in names]
             encoded = encode_infer(served.name, str(served.version), message.id, outputs, _parameters(decision))
-    return Response(encoded.body, media_type=encoded.media_type, headers=encoded.headers)
+    headers = {**encoded.headers, "x-request-id": caller.request_id}
+    return Response(encoded.body, media_type=encoded.media_type, headers=headers)
 
 
 def _requested(message: InferRequest, served: ServedModel, gateway: Gateway) -> list[tuple[OutputName, bool]]:

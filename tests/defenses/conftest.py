@@ -65,24 +65,24 @@ def randomised() -> Callable[[nn.Module], nn.Module]:
 
 
 @pytest.fixture(scope="session")
-def export_by_script() -> Callable[[nn.Module, Tensor, int], onnx.ModelProto]:
+def export_by_script(tmp_path_factory: pytest.TempPathFactory) -> Callable[[nn.Module, Tensor, int], onnx.ModelProto]:
     """Export a module by torch's older exporter at an opset, with a dynamic batch."""
 
     def export(module: nn.Module, image: Tensor, opset: int) -> onnx.ModelProto:
-        buffer = io.BytesIO()
+        path = tmp_path_factory.mktemp("script") / "model.onnx"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 module,
                 (image,),
-                buffer,
+                path,
                 input_names=["image"],
                 output_names=["logits"],
                 dynamic_axes={"image": {0: "N"}, "logits": {0: "N"}},
                 opset_version=opset,
                 dynamo=False,
             )
-        return onnx.load_from_string(buffer.getvalue())
+        return onnx.load(str(path))
 
     return export
 

@@ -1,7 +1,7 @@
 """Foreign graphs made canonical: what is put before, cut off and freed, and what is refused."""
 
-import io
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from defenses.onnx_torch import OnnxModule
 
 Array = NDArray[Any]
 GENERATOR = np.random.default_rng(0)
-WEIGHTS = {
+WEIGHTS: dict[str, Array] = {
     "w": GENERATOR.normal(size=(4, 3, 3, 3)).astype(np.float32) / 3,
     "head": GENERATOR.normal(size=(4, 5)).astype(np.float32),
     "bias": GENERATOR.normal(size=5).astype(np.float32),
@@ -380,27 +380,30 @@ def test_a_module_is_exported_quietly_in_evaluation_mode(capfd: pytest.CaptureFi
         np.testing.assert_allclose(run(model, IMAGES), module.eval()(torch.from_numpy(IMAGES)), atol=1e-5)
 
 
-def test_a_module_that_cannot_be_exported_is_named_with_the_reason() -> None:
+def test_a_module_that_cannot_be_exported_is_named_with_the_reason(capfd: pytest.CaptureFixture[str]) -> None:
     class Wilful(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             raise RuntimeError("I will not")
 
-    with pytest.raises(ExportFailed, match="^Wilful cannot be exported to ONNX"):
+    with pytest.raises(ExportFailed, match=r"^Wilful cannot be exported to ONNX"):
         export_classifier(Wilful(), (3, 8, 8))
+    with pytest.raises(ValueError, match="opset of 18 or newer, got 17"):
+        export_classifier(Small(), (3, 8, 8), opset=17)
+    assert capfd.readouterr() == ("", "")
 
 
-def test_an_export_traced_on_one_image_is_freed() -> None:
+def test_an_export_traced_on_one_image_is_freed(tmp_path: Path) -> None:
     class Viewing(Small):
         def forward(self, x: Tensor) -> Tensor:
             maps = self.bn(self.conv(x)).relu()
             logits: Tensor = self.linear(maps.view(maps.shape[0], 4, -1).mean(2))
             return logits
 
-    module, file = Viewing().eval(), io.BytesIO()
+    module, path = Viewing().eval(), tmp_path / "traced.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(module, (torch.rand(1, 3, 8, 8),), file, opset_version=13, dynamo=False)
-    foreign = onnx.load_from_string(file.getvalue())
+        torch.onnx.export(module, (torch.rand(1, 3, 8, 8),), path, opset_version=13, dynamo=False)
+    foreign = onnx.load(str(path))
     assert signature(foreign)[0][2] == [1, 3, 8, 8]
     with torch.no_grad():
         expected = module(torch.from_numpy(IMAGES))

@@ -84,6 +84,9 @@ _CONVOLUTIONS: Mapping[int, Callable[..., Tensor]] = MappingProxyType({1: F.conv
 _TRANSPOSED: Mapping[int, Callable[..., Tensor]] = MappingProxyType(
     {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 )
+_AVERAGE_POOLS: Mapping[int, Callable[..., Tensor]] = MappingProxyType(
+    {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+)
 _MAX_POOLS: Mapping[int, Callable[..., Tensor]] = MappingProxyType({1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d})
 
 
@@ -145,6 +148,8 @@ def pool_average(node: Node, x: Tensor) -> Tensor:
     size = x.shape[2:]
     window = Window.of(node, size, node.get("kernel_shape"))
     over = window.overhang(size, bool(node.get("ceil_mode", 0)))
+    if not any((*window.before, *window.after, *over)) and set(window.dilations) == {1}:
+        return _AVERAGE_POOLS[len(size)](x, window.kernel, window.strides)
     sums = _window_sums(pad_spatial(x, window.before, _plus(window.after, over)), window)
     cells = x.new_ones((1, 1, *size))
     if node.get("count_include_pad", 0):
