@@ -91,9 +91,8 @@ class Engine:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         try:
-            graph = _pruned(path, outputs)
             self._session = onnxruntime.InferenceSession(
-                graph.SerializeToString(), options, providers=PROVIDERS[device]
+                pruned(path, outputs).SerializeToString(), options, providers=PROVIDERS[device]
             )
         except Exception as error:  # the runtime's own exceptions share no narrower ancestor
             raise GraphUnloadable(path, str(error).strip()) from error
@@ -133,11 +132,12 @@ def _check_providers(device: Device, providers: Sequence[str]) -> None:
         raise DeviceUnavailable(device, providers)
 
 
-def _pruned(path: Path, outputs: Sequence[str]) -> onnx.ModelProto:
+def pruned(path: Path, outputs: Sequence[str]) -> onnx.ModelProto:
+    """Return a graph without what its named outputs do not need."""
     model = onnx.load(path, load_external_data=False)
-    pruned = Extractor(model).extract_model([value.name for value in model.graph.input], list(outputs))
+    kept = Extractor(model).extract_model([value.name for value in model.graph.input], list(outputs))
     # The noise's scale would be an input that has no default any more, where nothing reads it.
-    read = {name for node in pruned.graph.node for name in node.input}
-    for value in [value for value in pruned.graph.input if value.name not in read]:
-        pruned.graph.input.remove(value)
-    return pruned
+    read = {name for node in kept.graph.node for name in node.input}
+    for value in [value for value in kept.graph.input if value.name not in read]:
+        kept.graph.input.remove(value)
+    return kept

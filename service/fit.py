@@ -51,7 +51,7 @@ class FitPlan:
     ``epochs`` of the fitting images train the sample model, unless ``minutes`` of training time are given instead.
     ``examples`` is how many adversarial examples each attack contributes, ``negatives`` how many benign images each
     class contributes at most; ``test_examples`` how many test images each attack is measured on. ``budget`` is the
-    false-positive rate that the threshold is calibrated to. ``penalty`` is the regressions' inverse strength.
+    false-positive rate that the threshold is calibrated to. ``inverse_penalty`` is the C of the regressions.
     """
 
     attacks: tuple[str, ...] = ("fgsm", "pgd-stop", "pgd")
@@ -68,7 +68,7 @@ class FitPlan:
     flip: bool = True
     inspects: Literal["raw", "purified"] = "raw"
     layer: str | None = None
-    penalty: float = 10.0
+    inverse_penalty: float = 1e-3
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -192,7 +192,7 @@ class _Fit:
             activations_of,
             benign,
             (fooling, predicted(fooling)),
-            penalty=self.plan.penalty,
+            inverse_penalty=self.plan.inverse_penalty,
             progress=lambda done, total: self.progress("inspector", done, total),
         )
 

@@ -1,19 +1,64 @@
 """Running the gateway until it is told to stop."""
 
+import asyncio
+import secrets
+import signal
+import socket
+
+import onnxruntime
 import uvicorn
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.app import create_app
 from service.settings import Settings
 
+DRAIN_SECONDS = 0.5
+"""How long a stopping gateway goes on reading, so that requests on their way are accepted and not cut off."""
+
 
 def run(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT, then finish what was accepted."""
-    uvicorn.run(
-        create_app(settings),
+    """Serve until SIGTERM or SIGINT, then finish what was accepted and return."""
+    # Without a seed the runtime's noise starts from the clock, which an attacker can guess.
+    onnxruntime.set_seed(secrets.randbits(62))
+    # uvicorn raises the signal again once it has stopped; a stop that was asked for is no failure.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    drain = Drain(create_app(settings))
+    config = uvicorn.Config(
+        drain,
         host=settings.host,
         port=settings.port,
+        workers=1,
         log_level="warning",
         access_log=False,
-        workers=1,
         timeout_graceful_shutdown=settings.shutdown_seconds,
     )
+    _Server(config, drain).run()
+
+
+class Drain:
+    """Tell clients to open no further request on their connection once ``begun`` is set."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self.begun = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def closing(message: Message) -> None:
+            if self.begun and message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["connection"] = "close"
+            await send(message)
+
+        await self.app(scope, receive, closing if scope["type"] == "http" else send)
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, drain: Drain) -> None:
+        super().__init__(config)
+        self._drain = drain
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._drain.begun = True
+        await asyncio.sleep(DRAIN_SECONDS)
+        await super().shutdown(sockets)

@@ -65,15 +65,16 @@ def fit_inspector(
     benign: tuple[Tensor, Tensor],
     adversarial: tuple[Tensor, Tensor],
     *,
-    penalty: float = 10.0,
+    inverse_penalty: float = 1e-3,
     progress: Callable[[int, int], None],
 ) -> tuple[Inspector, InspectorReport]:
     """Fit the regressions and return the Inspector (in evaluation mode) with its report.
 
     ``benign`` is (images, their class), ``adversarial`` (images, the class that the protected classifier gives
-    them); ``activations_of`` turns a batch of image indices' images into activations. Each regression is
-    L2-penalised with inverse strength ``penalty`` and weighs the two kinds inversely to their frequency. A class
-    with fewer than ten examples of either kind takes the regression fitted on all classes together.
+    them); ``activations_of`` turns images into their
+    activations. Each regression is L2-penalised with inverse strength C = ``inverse_penalty`` (the paper's code uses
+    10) and weighs the two kinds inversely to their frequency. A class with fewer than ten examples of either kind
+    takes the regression fitted on all classes together.
     Raises ``ValueError`` when there are too few examples altogether.
     """
     for kind, images in (("benign", benign[0]), ("adversarial", adversarial[0])):
@@ -86,13 +87,13 @@ def fit_inspector(
     total = config.classes - len(pooled) + bool(pooled)
     done = 0
     if pooled:
-        weight, bias = _regress(activations_of(benign[0]), activations_of(adversarial[0]), penalty)
+        weight, bias = _regress(activations_of(benign[0]), activations_of(adversarial[0]), inverse_penalty)
         inspector.weight.data[pooled], inspector.bias.data[pooled] = weight, bias
         done += 1
         progress(done, total)
     for c in range(config.classes):
         if c not in pooled:
-            weight, bias = _regress(activations_of(negatives[c]), activations_of(positives[c]), penalty)
+            weight, bias = _regress(activations_of(negatives[c]), activations_of(positives[c]), inverse_penalty)
             inspector.weight.data[c], inspector.bias.data[c] = weight, bias
             done += 1
             progress(done, total)
@@ -102,18 +103,12 @@ def fit_inspector(
     return inspector.eval(), report
 
 
-def _regress(negatives: Tensor, positives: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+def _regress(negatives: Tensor, positives: Tensor, inverse_penalty: float) -> tuple[Tensor, Tensor]:
     from sklearn.linear_model import LogisticRegression
 
-    features = torch.cat([negatives, positives]).flatten(1).double().cpu().numpy()
+    features = torch.cat([negatives, positives]).flatten(1).cpu().numpy()
     adversarial = torch.cat([torch.zeros(len(negatives)), torch.ones(len(positives))]).numpy()
-    # The dual is the smaller problem when there are more features than examples.
-    regression = LogisticRegression(
-        C=penalty,
-        class_weight="balanced",
-        solver="liblinear",
-        dual=features.shape[1] > features.shape[0],
-        random_state=0,
-        max_iter=1000,
-    ).fit(features, adversarial)
+    # The same optimum as the paper's liblinear, which needs over a thousand passes over so many features.
+    regression = LogisticRegression(C=inverse_penalty, class_weight="balanced", max_iter=1000)
+    regression.fit(features, adversarial)
     return torch.from_numpy(regression.coef_[0]).float(), torch.tensor(regression.intercept_[0]).float()

@@ -46,6 +46,7 @@ def coophance(
     flip: Annotated[bool, typer.Option(help="Mirror training images; not for digits or signs.")] = True,
     inspect: Annotated[Literal["raw", "purified"], typer.Option(help="The image that the Inspector sees.")] = "raw",
     layer: Annotated[str | None, typer.Option(help="The Inspector's layer, if not the registered one.")] = None,
+    inverse_penalty: Annotated[float, typer.Option(help="The C of the Inspector's regressions.")] = 1e-3,
     seed: SeedOption = 0,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to fit.")] = "auto",
     promote: Annotated[bool, typer.Option("--promote", help="Serve the new version.")] = False,
@@ -71,6 +72,7 @@ def coophance(
             flip=flip,
             inspects=inspect,
             layer=layer,
+            inverse_penalty=inverse_penalty,
             seed=seed,
             device=device,
         )

@@ -51,10 +51,11 @@ def register(
         )
         source = declare.read_source(onnx_file=onnx, arch=arch, weights=weights, classes=classes)
         manifest = registering.register(open_models(store), name, source, declared, command=command_line())
+        tap, head = (manifest.layers.get(role, "not found") for role in ("tap", "head"))
         typer.echo(
             f"Registered {name}, version {manifest.version}: {len(manifest.labels)} classes, "
-            f"input {'x'.join(map(str, manifest.input.shape))}, Inspector's layer "
-            f"{manifest.layers.get('tap', 'not found')}, NIP's layer {manifest.layers.get('head', 'not found')}, parity with ONNX Runtime {manifest.metrics['parity']:.1e}."
+            f"input {'x'.join(map(str, manifest.input.shape))}, Inspector's layer {tap}, NIP's layer {head}, "
+            f"parity with ONNX Runtime {manifest.metrics['parity']:.1e}."
         )
 
 
