@@ -102,9 +102,13 @@ class Engine:
         self._fixed = {"noise_scale": np.zeros((), np.float32)} if has_noise and not noise else {}
 
     def predict(self, images: np.ndarray) -> Answers:
-        """Return the answers for images (N, C, H, W) float32 in [0, 1]."""
+        """Return the answers for images (N, C, H, W) float32 in [0, 1]; ``logits`` must be among the outputs."""
+        return Answers(**{FIELDS[name]: values for name, values in self.run(images).items()})
+
+    def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Return each output by name for images (N, C, H, W) float32 in [0, 1]."""
         values = self._session.run(self._outputs, {"image": images, **self._fixed})
-        return Answers(**dict(zip((FIELDS[name] for name in self._outputs), values, strict=True)))
+        return dict(zip(self._outputs, values, strict=True))
 
 
 def outputs_of(path: Path) -> set[str]:

@@ -110,8 +110,10 @@ class ServedModel:
         self._metrics.defense_errors.labels(self.name).inc(int(failed.sum()))
         if self._bare is None:
             raise DefenseFailed(self.name, int(failed.sum()))
-        bare = (await asyncio.to_thread(self._bare.predict, images)).undefended_logits
-        assert bare is not None
+        try:
+            bare = (await asyncio.to_thread(self._bare.run, images))["undefended_logits"]
+        except Exception as error:  # the runtime's own exceptions share no narrower ancestor
+            raise DefenseFailed(self.name, int(failed.sum())) from error
         if not np.isfinite(bare[failed]).all():
             raise DefenseFailed(self.name, int(failed.sum()))
         if answers is None:

@@ -56,8 +56,9 @@ def coophance(
 ) -> None:
     """Fit a Regulator and an Inspector, calibrate the threshold, and publish the protected classifier."""
     with failures_told():
+        from defenses.coophance import FitPlan
         from service.datasets import load_dataset
-        from service.fit import FitPlan, find_classifier, fit_coophance
+        from service.fit import find_classifier, fit_and_publish
         from service.progress import progress_bars
 
         plan = FitPlan(
@@ -74,7 +75,6 @@ def coophance(
             layer=layer,
             inverse_penalty=inverse_penalty,
             seed=seed,
-            device=device,
         )
         models = open_models(store)
         classifier = find_classifier(models, *parse_reference(name))
@@ -88,7 +88,9 @@ def coophance(
                 progress=lambda done, total: progress("images", done, total),
             )
             root = settings_with(store=store).store
-            manifest = fit_coophance(root, classifier, dataset, plan, progress=progress, command=command_line())
+            manifest = fit_and_publish(
+                root, classifier, dataset, plan, device=device, progress=progress, command=command_line()
+            )
         if promote:
             models.set_alias(manifest.name, SERVING, manifest.version)
         if as_json:

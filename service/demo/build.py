@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from defenses.coophance import FitPlan
 from defenses.evaluation import Progress
 from model_store import SERVING, InputSpec, Store
 from service.datasets import Split, load_dataset
-from service.fit import FitPlan, fit_coophance
+from service.fit import fit_and_publish
 from service.register import Declaration, register
 from service.repository import MODELS
 
@@ -46,7 +47,7 @@ def build_demo(store: Path, progress: Progress) -> None:
     declared = Declaration(shape=SHAPE, resize="bilinear", labels=dataset.labels)
     registered = register(models, NAME, classifier, declared, command="portcullis demo")
     fetched = models.fetch(NAME, registered.version)
-    fitted = fit_coophance(store, fetched, dataset, PLAN, progress=progress, command="portcullis demo")
+    fitted = fit_and_publish(store, fetched, dataset, PLAN, progress=progress, command="portcullis demo")
     models.set_alias(NAME, SERVING, fitted.version)
 
 
