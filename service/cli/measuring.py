@@ -25,6 +25,7 @@ def evaluate(
     attack: Annotated[
         list[str] | None, typer.Option(help="Attack with this; repeat for several.", show_default="fgsm and pgd-stop")
     ] = None,
+    clean: Annotated[bool, typer.Option("--clean", help="Send clean images only.")] = False,
     limit: Annotated[int, typer.Option(help="Images of each kind.", min=1)] = 300,
     seed: SeedOption = 0,
     data_root: DataRootOption = Path("var/data"),
@@ -59,7 +60,7 @@ def evaluate(
                 name,
                 Classifier.load(bare.folder / GRAPH).eval(),
                 dataset.test,
-                attacks=attack or ["fgsm", "pgd-stop"],
+                attacks=[] if clean else attack or ["fgsm", "pgd-stop"],
                 limit=limit,
                 seed=seed,
                 progress=progress,

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from service.alerts.database import _SQLITE_BUSY_MILLISECONDS
+from service.server import DRAIN_SECONDS
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +79,9 @@ def folder(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture
 def pod(folder: Path) -> dict[str, Any]:
     """The pod of each kustomization's Deployment or Job."""
-    (found,) = [manifest["spec"]["template"]["spec"] for manifest in resources(folder) if "template" in manifest["spec"]]
+    (found,) = [
+        manifest["spec"]["template"]["spec"] for manifest in resources(folder) if "template" in manifest["spec"]
+    ]
     spec: dict[str, Any] = found
     return spec
 
@@ -112,6 +116,18 @@ def settings_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, str]]
         return Settings()
 
     return read
+
+
+@pytest.fixture(scope="session")
+def manifests_of() -> Callable[[Path], list[dict[str, Any]]]:
+    """Read every manifest that a kustomization lists."""
+    return resources
+
+
+@pytest.fixture(scope="session")
+def longest_stop() -> Callable[[Settings], float]:
+    """Tell how many seconds a stop takes at most: what is on its way, requests, alerts that wait, SQLite's lock."""
+    return lambda settings: DRAIN_SECONDS + 2 * settings.shutdown_seconds + _SQLITE_BUSY_MILLISECONDS / 1000
 
 
 def resources(folder: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What the Dockerfile builds: what goes in, as whom it runs, and what it is told."""
 
 import re
+import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -42,10 +43,10 @@ def test_nothing_but_what_is_copied_reaches_the_build(stages, root):
 
 
 def test_every_package_of_the_distribution_is_copied(stages, root):
-    import tomllib
-
     include = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
-    packages = {path.parent.name for path in root.glob("*/__init__.py") if any(fnmatch(path.parent.name, p) for p in include)}
+    packages = {
+        path.parent.name for path in root.glob("*/__init__.py") if any(fnmatch(path.parent.name, p) for p in include)
+    }
     assert {"service", "defenses", "model_store"} <= packages
     assert packages <= set(copied(stages["wheels"]))
 
@@ -106,6 +107,7 @@ def test_the_gateway_image_writes_to_data_alone_and_listens_to_all_on_the_expose
     assert settings.database == "sqlite+aiosqlite:////data/alerts.db"
     assert settings.inputs == Path("/data/inputs")
     assert settings.store == Path("/store")
+    assert described["WORKDIR"] == "/data"
     assert (settings.host, settings.port) == ("0.0.0.0", int(described["EXPOSE"]))
 
 

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -430,3 +430,9 @@ def server(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[Se
         tmp_path_factory.mktemp("server"), store, models="digits,bare,fragile", undefended_answer="true"
     ) as one:
         yield one
+
+
+@pytest.fixture
+def serve(tmp_path: Path, store: Path) -> Callable[..., AbstractContextManager[Server]]:
+    """Run a real server with some settings: ``with serve(mode="enforce") as server``."""
+    return partial(served, tmp_path, store)

@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 
+from service.engine import Answers
+from service.verdicts import failed_rows
+
 LABELS = ("zero", "one", "two", "three")
 EVERYTHING = (
     *("label", "class_index", "verdict", "logits", "probabilities", "score"),
@@ -211,3 +214,12 @@ async def test_a_failing_defense_fails_open_to_the_bare_answer_marked(gateway, u
 async def test_failing_open_leaves_a_defense_that_works_alone(gateway, mixed):
     async with gateway(on_defense_error="open", disclose="all") as visitor:
         assert (await visitor.outputs("digits", mixed))["verdict"] == ["accepted", "alert"] * 2
+
+
+@pytest.mark.parametrize("column", ["logits", "scores", "undefended_logits"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_row_with_any_logit_or_score_that_is_not_finite_counts_as_failed(column, value):
+    columns = {"logits": np.ones((3, 4)), "scores": np.ones(3), "undefended_logits": np.ones((3, 4))}
+    assert failed_rows(Answers(**columns)).tolist() == [False, False, False]
+    columns[column][1] = value
+    assert failed_rows(Answers(**columns)).tolist() == [False, True, False]

@@ -1,0 +1,258 @@
+"""Batches of whoever waits: everyone gets the answer of their own images, failures stay with who caused them."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator
+
+import numpy as np
+import pytest
+import pytest_asyncio
+
+from service.batching import Batcher, BatcherClosed, QueueFull
+from service.engine import Answers, Engine
+from service.metrics import Metrics
+
+
+def unit(pixels: np.ndarray) -> np.ndarray:
+    return pixels.astype(np.float32) / np.float32(255)
+
+
+@pytest.fixture(scope="module")
+def engine(store) -> Engine:
+    """The handmade graph: two pixels make it fail, see its description."""
+    outputs = ["logits", "score", "alert", "undefended_logits", "purified"]
+    return Engine(store / "models" / "fragile" / "1" / "model.onnx", outputs, threads=1)
+
+
+class Door:
+    """Let batches through to an engine one by one, and note how large they were."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.sizes: list[int] = []
+        self.open = threading.Event()
+        self.entered = threading.Event()
+
+    def predict(self, images: np.ndarray) -> Answers:
+        """Wait for the door, then compute."""
+        self.sizes.append(len(images))
+        self.entered.set()
+        assert self.open.wait(10)
+        return self.engine.predict(images)
+
+
+@pytest.fixture
+def door(engine) -> Door:
+    return Door(engine)
+
+
+@pytest_asyncio.fixture
+async def batcher(door) -> AsyncIterator[Batcher]:
+    """A batcher behind a closed door: at most four images at once, ten waiting."""
+    started = Batcher("fragile", door.predict, max_batch=4, capacity=10, metrics=Metrics()).start()
+    yield started
+    door.open.set()
+    await started.stop()
+
+
+async def held(batcher: Batcher, door: Door, images: np.ndarray) -> asyncio.Task[list[Answers]]:
+    """Send the first request in and return when the model is busy with it."""
+    first = asyncio.create_task(batcher.submit(images))
+    await asyncio.to_thread(door.entered.wait, 10)
+    return first
+
+
+def joined(pieces: list[Answers]) -> np.ndarray:
+    return np.concatenate([piece.logits for piece in pieces])
+
+
+async def test_a_lone_request_does_not_wait_for_company(batcher, door, engine, dark):
+    door.open.set()
+    start = time.perf_counter()
+    (answer,) = await batcher.submit(unit(dark(2)))
+    assert time.perf_counter() - start < 1
+    np.testing.assert_allclose(answer.logits, engine.predict(unit(dark(2))).logits, atol=1e-5)
+    assert door.sizes == [2]
+
+
+async def test_whoever_waits_is_computed_together_in_the_order_of_arrival(batcher, door, engine, dark):
+    first = await held(batcher, door, unit(dark(1)))
+    requests = [unit(dark(count, seed=seed)) for seed, count in enumerate((1, 2, 1, 3), start=1)]
+    waiting = [asyncio.create_task(batcher.submit(images)) for images in requests]
+    await asyncio.sleep(0)
+    door.open.set()
+    finished = [await task for task in (first, *waiting)]
+    assert door.sizes == [1, 4, 3]
+    for images, pieces in zip(requests, finished[1:], strict=True):
+        np.testing.assert_allclose(joined(pieces), engine.predict(images).logits, atol=1e-5)
+
+
+async def test_a_request_is_never_torn_apart_to_fill_a_batch(batcher, door, dark):
+    first = await held(batcher, door, unit(dark(1)))
+    waiting = [asyncio.create_task(batcher.submit(unit(dark(count)))) for count in (3, 2, 2)]
+    await asyncio.sleep(0)
+    door.open.set()
+    await asyncio.gather(first, *waiting)
+    assert door.sizes == [1, 3, 4]
+
+
+async def test_a_request_larger_than_a_batch_comes_back_whole_and_in_order(batcher, door, engine, dark):
+    door.open.set()
+    images = unit(dark(11))
+    pieces = await batcher.submit(images)
+    assert [len(piece.logits) for piece in pieces] == [4, 4, 3]
+    expected = engine.predict(images)
+    np.testing.assert_allclose(joined(pieces), expected.logits, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate([piece.purified for piece in pieces]), expected.purified, atol=1e-6)
+
+
+async def test_an_input_that_breaks_the_run_costs_its_neighbours_nothing(batcher, door, engine, dark):
+    requests = [unit(dark(1, seed=seed)) for seed in range(4)]
+    for images in requests:
+        images[:, 0, 0, :2] = 0
+    requests[1][0, 0, 0, 0] = 1
+    first = await held(batcher, door, unit(dark(1)))
+    waiting = [asyncio.create_task(batcher.submit(images)) for images in requests]
+    await asyncio.sleep(0)
+    door.open.set()
+    outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+    await first
+    assert door.sizes == [1, 4, 1, 1, 1, 1], "the batch fails, then each of its requests is computed alone"
+    for number, (images, outcome) in enumerate(zip(requests, outcomes, strict=True)):
+        if number == 1:
+            assert "out of data bounds" in str(outcome)
+        else:
+            np.testing.assert_allclose(joined(outcome), engine.predict(images).logits, atol=1e-5)
+    (answer,) = await batcher.submit(requests[0])
+    assert np.isfinite(answer.logits).all()
+
+
+async def test_values_that_are_not_finite_stay_in_their_row(batcher, door, engine, dark):
+    images = [unit(dark(1, seed=seed)) for seed in range(3)]
+    for one in images:
+        one[:, 0, 0, :2] = 0
+    images[1][0, 0, 0, 1] = 1
+    first = await held(batcher, door, unit(dark(1)))
+    waiting = [asyncio.create_task(batcher.submit(one)) for one in images]
+    await asyncio.sleep(0)
+    door.open.set()
+    await first
+    finite = [bool(np.isfinite(joined(await task)).all()) for task in waiting]
+    assert door.sizes == [1, 3]
+    assert finite == [True, False, True]
+
+
+async def test_a_request_that_is_cancelled_leaves_the_queue_and_its_room(batcher, door, dark):
+    first = await held(batcher, door, unit(dark(1)))
+    waiting = [asyncio.create_task(batcher.submit(unit(dark(5, seed=seed)))) for seed in range(2)]
+    await asyncio.sleep(0)
+    with pytest.raises(QueueFull):
+        await batcher.submit(unit(dark(1)))
+    waiting[0].cancel()
+    await asyncio.gather(waiting[0], return_exceptions=True)
+    assert waiting[0].cancelled()
+    another = asyncio.create_task(batcher.submit(unit(dark(5, seed=2))))
+    await asyncio.sleep(0)
+    door.open.set()
+    await asyncio.gather(first, waiting[1], another)
+    assert sum(door.sizes) == 1 + 5 + 5, "what was cancelled is not computed"
+
+
+async def test_a_request_whose_first_piece_fails_does_not_keep_the_model_busy_with_the_rest(batcher, door, dark):
+    images = unit(dark(12))
+    images[:, 0, 0, :2] = 0
+    images[0, 0, 0, 0] = 1
+    door.open.set()
+    with pytest.raises(Exception, match="out of data bounds"):
+        await batcher.submit(images)
+    (answer,) = await batcher.submit(images[1:3])
+    assert len(answer.logits) == 2
+    assert sum(door.sizes) <= 4 + 4 + 2
+
+
+async def test_a_full_queue_says_how_full_it_is(batcher, door, dark):
+    first = await held(batcher, door, unit(dark(1)))
+    waiting = asyncio.create_task(batcher.submit(unit(dark(8))))
+    await asyncio.sleep(0)
+    with pytest.raises(QueueFull, match="8 images wait for model 'fragile' already and at most 10 may; try again"):
+        await batcher.submit(unit(dark(3)))
+    fits = asyncio.create_task(batcher.submit(unit(dark(2))))
+    await asyncio.sleep(0)
+    door.open.set()
+    await asyncio.gather(first, waiting, fits)
+
+
+async def test_a_stop_answers_what_was_taken_and_refuses_the_rest(batcher, door, engine, dark):
+    first = await held(batcher, door, unit(dark(1)))
+    waiting = [asyncio.create_task(batcher.submit(unit(dark(2, seed=seed)))) for seed in range(3)]
+    await asyncio.sleep(0)
+    stopping = asyncio.create_task(batcher.stop())
+    await asyncio.sleep(0.01)
+    with pytest.raises(BatcherClosed, match="stopping and takes no more images"):
+        await batcher.submit(unit(dark(1)))
+    assert not stopping.done()
+    door.open.set()
+    await stopping
+    await first
+    for seed, task in enumerate(waiting):
+        np.testing.assert_allclose(joined(task.result()), engine.predict(unit(dark(2, seed=seed))).logits, atol=1e-5)
+
+
+async def test_the_queue_is_measured(door, dark):
+    metrics = Metrics()
+    batcher = Batcher("fragile", door.predict, max_batch=4, capacity=10, metrics=metrics).start()
+
+    def depth() -> float | None:
+        return metrics.registry.get_sample_value("portcullis_queue_depth", {"model": "fragile"})
+
+    first = await held(batcher, door, unit(dark(1)))
+    waiting = [asyncio.create_task(batcher.submit(unit(dark(3)))) for _ in range(2)]
+    await asyncio.sleep(0)
+    assert depth() == 6
+    door.open.set()
+    await asyncio.gather(first, *waiting)
+    assert depth() == 0
+    await batcher.stop()
+    sizes = metrics.registry.get_sample_value("portcullis_batch_size_sum", {"model": "fragile"})
+    waits = metrics.registry.get_sample_value("portcullis_stage_seconds_count", {"stage": "queue"})
+    assert (sizes, waits) == (7, 3)
+
+
+async def test_forty_clients_at_once_each_get_what_their_image_alone_gets(gateway, store, dark, bright):
+    names = ["logits", "score", "alert", "purified"]
+    alone = Engine(store / "models" / "digits" / "2" / "model.onnx", names, threads=1, noise=False)
+    images = [(dark if number % 3 else bright)(1 + number % 4, seed=number) for number in range(40)]
+    expected = [alone.predict(unit(pixels)) for pixels in images]
+    async with gateway(max_batch=8) as visitor:
+        wanted = ["label", "class_index", "verdict", "logits", "score", "purified"]
+        answers = await asyncio.gather(*(visitor.outputs("digits", pixels, wanted) for pixels in images))
+        batches = await visitor.metric("batch_size_count", model="digits")
+        assert await visitor.metric("batch_size_sum", model="digits") == sum(map(len, images))
+    assert batches < 40, "clients that come together are computed together"
+    labels = ("zero", "one", "two", "three")
+    for outputs, answer in zip(answers, expected, strict=True):
+        np.testing.assert_allclose(outputs["logits"], answer.logits, atol=1e-4)
+        np.testing.assert_allclose(outputs["score"], answer.scores, atol=1e-4)
+        np.testing.assert_allclose(outputs["purified"], answer.purified, atol=1e-4)
+        assert outputs["class_index"].tolist() == answer.logits.argmax(1).tolist()
+        assert outputs["label"] == [labels[index] for index in answer.logits.argmax(1)]
+        assert outputs["verdict"] == ["alert" if alert else "accepted" for alert in answer.alerts]
+    spread = {tuple(outputs["logits"].ravel().round(4)) for outputs in answers}
+    assert len(spread) == 40, "the images are told apart, so no answer can be a neighbour's unnoticed"
+
+
+async def test_a_request_that_breaks_the_run_fails_alone_among_many(gateway, dark):
+    good = [dark(1, seed=seed) for seed in range(12)]
+    for pixels in good:
+        pixels[:, 0, 0, :2] = 0
+    bad = good[0].copy()
+    bad[0, 0, 0, 0] = 255
+    async with gateway(models=("fragile",)) as visitor:
+        mixed = [*good[:6], bad, *good[6:]]
+        answers = await asyncio.gather(*(visitor.infer("fragile", pixels, ["logits"]) for pixels in mixed))
+        assert [answer.status_code for answer in answers] == [200] * 6 + [503] + [200] * 6
+        for pixels, answer in zip(mixed, answers, strict=True):
+            if answer.status_code == 200:
+                alone = await visitor.outputs("fragile", pixels, ["logits"])
+                np.testing.assert_allclose(visitor.read(answer)["logits"], alone["logits"], atol=1e-5)
