@@ -12,11 +12,13 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Put an image
 @app.callback()
 def main() -> None:
     """Put an image classifier behind a defense."""
-    # Both must be set before torch or foolbox is imported, unless the user has set them already.
+    # All must be set before torch, foolbox or ONNX Runtime is imported, unless the user has set them already.
     # Threads that spin while they wait slow everything else on a machine with few cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # foolbox imports GitPython, which fails where git is not installed.
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    # ONNX Runtime looks up hosts at its start unless told not to.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 app.command()(serving.demo)
