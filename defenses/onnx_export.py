@@ -8,12 +8,11 @@ import onnx
 import onnx.version_converter
 import torch
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
-from torch import Tensor, nn
+from torch import Tensor
 
+from defenses.onnx_parity import session
+from defenses.onnx_trace import OLDEST_WRITTEN, export_module
 from defenses.protected import ProtectedClassifier
-
-OLDEST_OPSET = 18
-"""What the exporter of the fitted parts writes at least; an older classifier graph is brought up to it."""
 
 EXTERNAL_DATA_BYTES = 2**30
 
@@ -36,60 +35,37 @@ def export_protected(protected: ProtectedClassifier) -> onnx.ModelProto:
     ``noise_scale`` is an initializer that a caller may override, 1 by default; 0 switches all noise off. The
     classifier's nodes stand in the graph twice, on the raw and on the purified image, and share their weights.
     """
-    classifier = _at_least(protected.classifier.model, OLDEST_OPSET)
-    opset = _opset(classifier)
-    detector_module = protected.detector
-    shape = protected.classifier.image_shape
+    detector, shape, classes = protected.detector, protected.classifier.image_shape, protected.classifier.classes
+    classifier_graph = _at_least(protected.classifier.model, OLDEST_WRITTEN)
+    opset = _opset(classifier_graph)
     image, noise = torch.rand(2, *shape), torch.ones(())
     with torch.no_grad():
-        logits, activations = protected.classifier.logits_and_features(image, detector_module.layer)
-    purifier = _export(protected.purifier, {"image": image, "noise_scale": noise}, "purified", opset)
-    detector = _export(protected.detector, {"activations": activations, "logits": logits}, "score", opset)
+        logits, activations = protected.classifier.logits_and_features(image, detector.layer)
+    purifier_graph = export_module(protected.purifier, {"image": image, "noise_scale": noise}, "purified", opset)
+    detector_graph = export_module(detector, {"activations": activations, "logits": logits}, "score", opset)
 
-    layer = protected.classifier.resolve_layer(detector_module.layer).name
-    raw = {"image": "image", "logits": "undefended_logits"}
-    purified = {"image": "purified", "logits": "logits"}
-    watched = raw if detector_module.inspects == "raw" else purified
-    tapped = watched.get(layer, f"{detector_module.inspects}/{layer}")
+    raw, purified = {"image": "image", "logits": "undefended_logits"}, {"image": "purified", "logits": "logits"}
+    layer = protected.classifier.resolve_layer(detector.layer).name
+    tap = (raw if detector.inspects == "raw" else purified).get(layer, f"{detector.inspects}/{layer}")
     nodes = [
-        *_instance(purifier, "purifier/", {"image": "image", "noise_scale": "noise_scale", "purified": "purified"}),
-        *_instance(classifier, "raw/", raw, shared="classifier/"),
-        *_instance(classifier, "purified/", purified, shared="classifier/"),
-        *_instance(detector, "detector/", {"activations": tapped, "logits": "logits", "score": "score"}),
-        helper.make_node("ArgMax", ["logits"], ["class_index"], "class_index", axis=1, keepdims=0),
+        *_instance(purifier_graph, "purifier/", {name: name for name in ("image", "noise_scale", "purified")}),
+        *_instance(classifier_graph, "raw/", raw, shared="classifier/"),
+        *_instance(classifier_graph, "purified/", purified, shared="classifier/"),
+        *_instance(detector_graph, "detector/", {"activations": tap, "logits": "logits", "score": "score"}),
+        _largest("logits", "class_index"),
+        _largest("undefended_logits", "undefended_class_index"),
         helper.make_node("Greater", ["score", "threshold"], ["alert"], "alert"),
-        helper.make_node(
-            "ArgMax", ["undefended_logits"], ["undefended_class_index"], "undefended_class_index", axis=1, keepdims=0
-        ),
     ]
     initializers = [
-        *_initializers(purifier, "purifier/"),
-        *_initializers(classifier, "classifier/"),
-        *_initializers(detector, "detector/"),
+        *_initializers(purifier_graph, "purifier/"),
+        *_initializers(classifier_graph, "classifier/"),
+        *_initializers(detector_graph, "detector/"),
         helper.make_tensor("threshold", TensorProto.FLOAT, [], [float(protected.threshold)]),
         helper.make_tensor("noise_scale", TensorProto.FLOAT, [], [1.0]),
     ]
-    classes = protected.classifier.classes
     inputs = [_value("image", TensorProto.FLOAT, "N", *shape), _value("noise_scale", TensorProto.FLOAT)]
-    outputs = [
-        _value("logits", TensorProto.FLOAT, "N", classes),
-        _value("class_index", TensorProto.INT64, "N"),
-        _value("score", TensorProto.FLOAT, "N"),
-        _value("alert", TensorProto.BOOL, "N"),
-        _value("undefended_logits", TensorProto.FLOAT, "N", classes),
-        _value("undefended_class_index", TensorProto.INT64, "N"),
-        _value("purified", TensorProto.FLOAT, "N", *shape),
-    ]
-    graph = helper.make_graph(nodes, "protected", inputs, outputs, initializers)
-    domains = {entry.domain: entry.version for part in (purifier, detector, classifier) for entry in part.opset_import}
-    model = helper.make_model(
-        graph,
-        opset_imports=[helper.make_opsetid(domain, version) for domain, version in domains.items()],
-        ir_version=max(part.ir_version for part in (purifier, detector, classifier)),
-        producer_name="portcullis",
-    )
-    onnx.checker.check_model(model)
-    return model
+    graph = helper.make_graph(nodes, "protected", inputs, _outputs(classes, shape), initializers)
+    return _model(graph, (purifier_graph, classifier_graph, detector_graph))
 
 
 class ExportBroken(ValueError):
@@ -110,11 +86,8 @@ def check_export(model: onnx.ModelProto, protected: ProtectedClassifier, x: Tens
     Returns the largest difference among logits, scores, purified image and bare logits, each relative to the larger
     of 1 and its own largest value. Raises ``ExportBroken`` above ``tolerance``.
     """
-    import onnxruntime
-
     names = ["logits", "score", "purified", "undefended_logits"]
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    values = session.run(names, {"image": x.numpy(), "noise_scale": np.zeros((), np.float32)})
+    values = session(model).run(names, {"image": x.numpy(), "noise_scale": np.zeros((), np.float32)})
     output = protected(x, torch.zeros(()))
     expected = [output.logits, output.scores, output.purified, output.undefended_logits]
     worst = 0.0
@@ -133,20 +106,33 @@ def save_graph(model: onnx.ModelProto, path: Path) -> None:
     onnx.save_model(model, path, save_as_external_data=external, location=f"{path.name}.data" if external else None)
 
 
-def _export(module: nn.Module, inputs: dict[str, Tensor], output: str, opset: int) -> onnx.ModelProto:
-    program = torch.onnx.export(
-        module.cpu(),
-        tuple(inputs.values()),
-        input_names=list(inputs),
-        output_names=[output],
-        opset_version=opset,
-        dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} if value.ndim else None for value in inputs.values()),
-        dynamo=True,
-        verbose=False,
+def _outputs(classes: int, shape: tuple[int, int, int]) -> list[ValueInfoProto]:
+    return [
+        _value("logits", TensorProto.FLOAT, "N", classes),
+        _value("class_index", TensorProto.INT64, "N"),
+        _value("score", TensorProto.FLOAT, "N"),
+        _value("alert", TensorProto.BOOL, "N"),
+        _value("undefended_logits", TensorProto.FLOAT, "N", classes),
+        _value("undefended_class_index", TensorProto.INT64, "N"),
+        _value("purified", TensorProto.FLOAT, "N", *shape),
+    ]
+
+
+def _model(graph: onnx.GraphProto, parts: Sequence[onnx.ModelProto]) -> onnx.ModelProto:
+    """Wrap a graph with the opsets and the IR version that its parts need, and check it."""
+    domains = {entry.domain: entry.version for part in parts for entry in part.opset_import}
+    model = helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid(domain, version) for domain, version in domains.items()],
+        ir_version=max(part.ir_version for part in parts),
+        producer_name="portcullis",
     )
-    assert program is not None
-    model: onnx.ModelProto = program.model_proto
+    onnx.checker.check_model(model)
     return model
+
+
+def _largest(logits: str, class_index: str) -> NodeProto:
+    return helper.make_node("ArgMax", [logits], [class_index], class_index, axis=1, keepdims=0)
 
 
 def _at_least(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:

@@ -70,8 +70,10 @@ class Repository:
                 logger.error("Model %s is not served: %s", reference, error)
                 self._broken[name] = str(error)
             else:
-                self._served.setdefault(name, {})[served.version] = served.start()
-                logger.info("Model %s, version %d, is in service (%s).", name, served.version, served.mode)
+                versions = self._served.setdefault(name, {})
+                if served.version not in versions:
+                    versions[served.version] = served.start()
+                    logger.info("Model %s, version %d, is in service (%s).", name, served.version, served.mode)
         self.ready = True
 
     async def stop(self) -> None:

@@ -18,7 +18,10 @@ DRAIN_SECONDS = 0.5
 
 
 def run(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT, then finish what was accepted and return."""
+    """Serve until SIGTERM or SIGINT, then finish what was accepted and return.
+
+    Raises ``SystemExit`` when the start fails, and when the stop leaves accepted alerts unwritten.
+    """
     # Without a seed the runtime's noise starts from the clock, which an attacker can guess.
     onnxruntime.set_seed(secrets.randbits(62))
     # uvicorn raises the signal again once it has stopped; a stop that was asked for is no failure.
@@ -34,7 +37,10 @@ def run(settings: Settings) -> None:
         access_log=False,
         timeout_graceful_shutdown=settings.shutdown_seconds,
     )
-    _Server(config, drain).run()
+    server = _Server(config, drain)
+    server.run()
+    if server.lifespan.should_exit:
+        raise SystemExit(1)
 
 
 class Drain:

@@ -5,13 +5,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from model_store import Store
+from model_store import Manifest, Store
 from service.repository import MODELS
 from service.settings import Settings
+
+if TYPE_CHECKING:
+    from defenses.evaluation import Progress
+    from service.datasets import Dataset
 
 StoreOption = Annotated[
     Path | None, typer.Option("--store", help="Folder of the model store.", show_default="var/store")
@@ -50,6 +54,20 @@ def settings_with(**given: Any) -> Settings:
 def open_models(store: Path | None) -> Store:
     """Return the store of the models that are served."""
     return Store.open(settings_with(store=store).store / MODELS)
+
+
+def read_dataset(data: list[str], manifest: Manifest, seed: int, root: Path, progress: "Progress") -> "Dataset":
+    """Load a data set in the shape and with the labels that a classifier wants."""
+    from service.datasets import load_dataset
+
+    return load_dataset(
+        data,
+        manifest.input,
+        labels=manifest.labels,
+        split_seed=seed,
+        root=root,
+        progress=lambda done, total: progress("images", done, total),
+    )
 
 
 def command_line() -> str:

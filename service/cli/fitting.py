@@ -17,6 +17,7 @@ from service.cli.common import (
     command_line,
     failures_told,
     open_models,
+    read_dataset,
     settings_with,
 )
 
@@ -57,7 +58,6 @@ def coophance(
     """Fit a Regulator and an Inspector, calibrate the threshold, and publish the protected classifier."""
     with failures_told():
         from defenses.coophance import FitPlan
-        from service.datasets import load_dataset
         from service.fit import find_classifier, fit_and_publish
         from service.progress import progress_bars
 
@@ -79,14 +79,7 @@ def coophance(
         models = open_models(store)
         classifier = find_classifier(models, *parse_reference(name))
         with progress_bars(shown=not as_json) as progress:
-            dataset = load_dataset(
-                data,
-                classifier.manifest.input,
-                labels=classifier.manifest.labels,
-                split_seed=seed,
-                root=data_root,
-                progress=lambda done, total: progress("images", done, total),
-            )
+            dataset = read_dataset(data, classifier.manifest, seed, data_root, progress)
             root = settings_with(store=store).store
             manifest = fit_and_publish(
                 root, classifier, dataset, plan, device=device, progress=progress, command=command_line()

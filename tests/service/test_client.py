@@ -1,15 +1,19 @@
 """The gateway's own client, against a real gateway."""
 
+import asyncio
 import http.server
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
+from datetime import UTC, datetime
 
 import httpx
 import numpy as np
 import pytest
 
+from service.alerts import Alert, AlertLog, new_alert_id
 from service.client import Client, GatewayRefused, pages
 
 
@@ -46,19 +50,15 @@ def test_a_bare_classifier_tells_one_answer_only(client, bright):
 def test_images_need_not_lie_in_order_in_memory(client, dark):
     images = dark(6)
     turned = np.asfortranarray(images)[::-1]
-    assert (
-        client.classify("digits", turned).class_index.tolist()
-        == client.classify("digits", images).class_index.tolist()[::-1]
-    )
+    told = client.classify("digits", turned).class_index[::-1]
+    assert told.tolist() == client.classify("digits", images).class_index.tolist()
 
 
 def test_what_the_gateway_refuses_is_told_with_its_status(client, dark):
     with pytest.raises(GatewayRefused, match="The gateway answered 404: No model letters is in service") as caught:
         client.classify("letters", dark(1))
     assert caught.value.status == 404
-    with pytest.raises(
-        GatewayRefused, match=r"The gateway answered 400: The tensor must have the shape \(N, 1, 16, 16\)"
-    ):
+    with pytest.raises(GatewayRefused, match="The gateway answered 400: The tensor must have the shape"):
         client.classify("digits", dark(1)[:, :, :8])
 
 
@@ -69,19 +69,26 @@ def test_every_page_of_alerts_is_followed(client, bright):
         after = {alert["id"] for alert in pages(client, "/v1/alerts?model=digits")}
         if len(after) == len(before) + 5:
             break
+        time.sleep(0.02)
     assert before < after
     assert len(after) == len(before) + 5
 
 
-def test_more_alerts_than_one_page_holds_are_all_met(serve, bright):
+async def written(database: str, count: int) -> None:
+    """Put alerts on record as the gateway's writer does."""
+    log = await AlertLog.open(database)
+    facts = {"model": "digits", "version": 2, "request_id": "r", "client": "127.0.0.1", "class_index": 3}
+    rest = {"label": "three", "score": 1.0, "threshold": 0.0, "mode": "flag", "sha256": "0" * 64}
+    created = {"created": datetime.now(UTC), "media_type": "image/png"}
+    await log.add([Alert(id=new_alert_id(), index=index, **facts, **rest, **created) for index in range(count)])
+    await log.close()
+
+
+async def test_more_alerts_than_one_page_holds_are_all_met_once(serve, tmp_path):
+    await written(f"sqlite+aiosqlite:///{tmp_path / 'alerts.db'}", 2100)
     with serve(models="digits") as server, closing(Client(server.url)) as client:
-        for seed in range(5):
-            client.classify("digits", bright(250, seed=seed), batch_size=250)
-        for _ in range(200):
-            seen = [alert["seq"] for alert in pages(client, "/v1/alerts")]
-            if len(seen) == 1250:
-                break
-        assert seen == list(range(1250, 0, -1))
+        seen = await asyncio.to_thread(lambda: [alert["seq"] for alert in pages(client, "/v1/alerts?model=digits")])
+    assert seen == list(range(2100, 0, -1))
 
 
 class _Proxy(http.server.BaseHTTPRequestHandler):
@@ -94,18 +101,29 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_an_error_that_is_not_the_gateways_own_is_told_as_it_came():
-    with http.server.HTTPServer(("127.0.0.1", 0), _Proxy) as proxy:
-        threading.Thread(target=proxy.serve_forever, daemon=True).start()
-        with closing(Client(f"http://127.0.0.1:{proxy.server_port}")) as client:
-            with pytest.raises(GatewayRefused, match="The gateway answered 502: <h1>Bad gateway</h1>"):
-                client.get("/v2")
-        proxy.shutdown()
+@pytest.fixture
+def proxy() -> Iterator[str]:
+    """The address of a server that answers 502 and a page to everything."""
+    with http.server.HTTPServer(("127.0.0.1", 0), _Proxy) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_an_error_that_is_not_the_gateways_own_is_told_as_it_came(proxy):
+    with (
+        closing(Client(proxy)) as client,
+        pytest.raises(GatewayRefused, match="The gateway answered 502: <h1>Bad gateway</h1>") as caught,
+    ):
+        client.get("/v2")
+    assert caught.value.status == 502
 
 
 def test_no_gateway_at_all_is_a_transport_error():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        with closing(Client(f"http://127.0.0.1:{probe.getsockname()[1]}")) as client:
-            with pytest.raises(httpx.TransportError):
-                client.get("/v2")
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        with closing(Client(url)) as client, pytest.raises(httpx.TransportError):
+            client.get("/v2")

@@ -187,7 +187,7 @@ async def test_two_versions_of_a_model_serve_beside_each_other(gateway, dark):
 
 
 async def test_until_the_models_are_loaded_the_gateway_lives_but_is_not_ready(gateway, dark):
-    async with gateway(ready=False, models=("slow", "digits")) as visitor:
+    async with gateway(ready=False, models=("slow",) * 5 + ("digits",)) as visitor:
         ready = await visitor.http.get("/v2/health/ready")
         assert (ready.status_code, ready.json()) == (503, {"ready": False})
         assert (await visitor.http.get("/v2/health/live")).status_code == 200
@@ -196,6 +196,14 @@ async def test_until_the_models_are_loaded_the_gateway_lives_but_is_not_ready(ga
         assert early.json() == {"error": "Model digits is not available: the models are still being loaded."}
         await visitor.until_ready()
         assert (await visitor.infer("digits", dark(1))).status_code == 200
+
+
+async def test_a_version_that_is_named_twice_is_served_once(gateway, dark):
+    async with gateway(models="digits,digits@2,digits@serving") as visitor:
+        assert len((await visitor.http.get("/v1/models")).json()["models"]) == 1
+        assert (await visitor.infer("digits", dark(1))).status_code == 200
+        started = [task for task in asyncio.all_tasks() if task.get_name() == "batches of digits"]
+        assert len(started) == 1
 
 
 async def test_a_stop_during_the_start_is_clean(gateway):

@@ -184,3 +184,14 @@ async def test_a_stop_answers_all_that_was_accepted_and_records_every_alert(serv
     assert rows == {alert_id for alert_id in told if alert_id}
     assert len(list((tmp_path / "inputs").rglob("*.npy"))) == 12
     assert "Traceback" not in server.log.read_text()
+
+
+def test_a_stop_that_loses_alerts_says_which_and_fails(serve, bright, file_of, tmp_path):
+    with serve(models="digits", shutdown_seconds=1) as server:
+        blocker = sqlite3.connect(tmp_path / "alerts.db", isolation_level=None)
+        blocker.execute("BEGIN IMMEDIATE")
+        answer = httpx.post(f"{server.url}/v1/models/digits/predict", content=file_of(bright(1)[0]))
+        server.process.terminate()
+        assert server.process.wait(20) == 1
+        blocker.close()
+    assert f"1 alerts not written: {answer.json()['predictions'][0]['alert_id']}" in server.log.read_text()
