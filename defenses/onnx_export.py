@@ -16,16 +16,6 @@ from defenses.protected import ProtectedClassifier
 
 EXTERNAL_DATA_BYTES = 2**30
 
-OUTPUTS = (
-    "logits",
-    "class_index",
-    "score",
-    "alert",
-    "undefended_logits",
-    "undefended_class_index",
-    "purified",
-)
-
 
 def export_protected(protected: ProtectedClassifier) -> onnx.ModelProto:
     """Compose the graph of a protected classifier.

@@ -12,7 +12,7 @@ def report_table(report: Report) -> Table:
         caption="\n".join(row.attack for row in report.attacks),
     )
     table.add_column("input")
-    for heading in ("attacked", "sent", "bare", "protected", "alerted", "resisted", "mean L2"):
+    for heading in ("attacked", "sent", "bare", "gate", "alerted", "resisted", "L2"):
         table.add_column(heading, justify="right")
     clean = report.clean
     table.add_row(

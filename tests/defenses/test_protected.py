@@ -12,7 +12,7 @@ from defenses.architectures import cifar_resnet
 from defenses.checkpoint import CheckpointUnreadable, load_protected, save_protected
 from defenses.classifier import Classifier
 from defenses.coophance import Inspector, InspectorConfig, Regulator, RegulatorConfig
-from defenses.onnx_export import OUTPUTS, ExportBroken, check_export, export_protected, save_graph
+from defenses.onnx_export import ExportBroken, check_export, export_protected, save_graph
 from defenses.onnx_import import canonicalise
 from defenses.onnx_trace import export_classifier
 from defenses.protected import ProtectedClassifier
@@ -39,10 +39,11 @@ def protect(classifier: Classifier, *, inspects="raw", config: RegulatorConfig |
     return ProtectedClassifier(classifier, regulator, inspector, 0.1).eval()
 
 
-def run(graph: onnx.ModelProto, x: torch.Tensor, *, quiet: bool, names=OUTPUTS) -> dict[str, np.ndarray]:
+def run(graph: onnx.ModelProto, x: torch.Tensor, *, quiet: bool) -> dict[str, np.ndarray]:
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [value.name for value in graph.graph.output]
     noise = {"noise_scale": np.zeros((), np.float32)} if quiet else {}
-    return dict(zip(names, session.run(list(names), {"image": x.numpy(), **noise}), strict=True))
+    return dict(zip(names, session.run(names, {"image": x.numpy(), **noise}), strict=True))
 
 
 @pytest.mark.parametrize("inspects", ["raw", "purified"])
