@@ -203,8 +203,12 @@ def protected() -> ProtectedClassifier:
         regulator.to_image.bias.data = (regulator.to_image.bias - grey.mean()) * gain
         for confusion in regulator.confusion_layers:
             confusion.set_statistics(torch.zeros_like(confusion.mu), torch.full_like(confusion.sigma, 0.2))
-        # Every class is the answer to some image.
-        layers[5].bias.data -= layers(torch.cat([sample, regulator(sample, quiet)])).mean(0)
+        # Every class is the answer to some image of every kind: the head does not see what tells the kinds apart.
+        seen = torch.cat([layers[:5](sample), layers[:5](regulator(sample, quiet))])
+        kinds = torch.stack([features.mean(0) for features in seen.split(64)])
+        basis = torch.linalg.qr((kinds[1:] - kinds[0]).T).Q
+        layers[5].weight.data -= layers[5].weight @ basis @ basis.T
+        layers[5].bias.data -= layers[5](seen).mean(0)
     classifier = Classifier(canonicalise(export_classifier(layers, SHAPE))).eval()
     layer = next(layer for layer in classifier.layers() if layer.operator == "Relu")
     inspector = Inspector(InspectorConfig(layer.name, int(np.prod(layer.shape)), len(LABELS))).eval()

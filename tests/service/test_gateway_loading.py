@@ -206,6 +206,14 @@ async def test_a_version_that_is_named_twice_is_served_once(gateway, dark):
         assert len(started) == 1
 
 
+async def test_a_stop_leaves_nothing_running(gateway, bright):
+    before = asyncio.all_tasks()
+    async with gateway(models=()) as visitor:
+        assert (await visitor.infer("digits", bright(1))).status_code == 200
+        assert len(asyncio.all_tasks()) > len(before)
+    assert asyncio.all_tasks() == before
+
+
 async def test_a_stop_during_the_start_is_clean(gateway):
     async with gateway(ready=False, models=("slow", "digits")):
         await asyncio.sleep(0)
