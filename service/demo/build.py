@@ -17,14 +17,14 @@ from service.repository import MODELS
 NAME = "digits"
 SEED = 0
 SHAPE = (1, 32, 32)
-EPOCHS = 12
+EPOCHS = 8
 ATTACKS = ("fgsm:epsilon=48/255", "pgd-stop:step_size=2/255,steps=100")
 
 PLAN = FitPlan(
     attacks=ATTACKS,
     examples=600,
     test_examples=120,
-    epochs=10,
+    epochs=8,
     batch_size=64,
     flip=False,
     seed=SEED,

@@ -105,6 +105,8 @@ class Visitor:
     """A client of a gateway."""
 
     http: httpx.AsyncClient
+    request_of = staticmethod(infer_request)
+    read = staticmethod(read_outputs)
 
     async def until_ready(self) -> None:
         """Return once the models are loaded."""
@@ -113,9 +115,6 @@ class Visitor:
                 return
             await asyncio.sleep(0.005)
         raise AssertionError("The gateway did not become ready.")
-
-    request_of = staticmethod(infer_request)
-    read = staticmethod(read_outputs)
 
     async def infer(self, model: str, pixels: np.ndarray, outputs: Sequence[str] = (), **how: Any) -> httpx.Response:
         """The answer of the tensor protocol."""
@@ -143,14 +142,14 @@ class Visitor:
         return found
 
     async def alerts(self, count: int, **filters: Any) -> list[dict[str, Any]]:
-        """The alerts on record that match, newest first, once there are as many as expected."""
+        """The alerts on record that match, newest first, as many as expected, once none waits to be written."""
         for _ in range(1000):
-            answer = await self.http.get("/v1/alerts", params={"limit": 1000, **filters})
-            assert answer.status_code == 200, answer.text
-            rows: list[dict[str, Any]] = answer.json()["alerts"]
-            if len(rows) >= count:
+            if await self.metric("alert_queue_depth") == 0:
                 break
             await asyncio.sleep(0.005)
+        answer = await self.http.get("/v1/alerts", params={"limit": 1000, **filters})
+        assert answer.status_code == 200, answer.text
+        rows: list[dict[str, Any]] = answer.json()["alerts"]
         assert len(rows) == count
         return rows
 
@@ -304,6 +303,7 @@ def publish(
 
 @pytest.fixture(scope="session")
 def protected_graph(protected: ProtectedClassifier) -> onnx.ModelProto:
+    """The same as one graph."""
     return export_protected(protected)
 
 

@@ -50,7 +50,7 @@ async def test_alerts_that_cannot_be_written_hold_their_requests_then_refuse_the
         assert refused.json()["error"].startswith("No room for 1 more alerts within 0.1 s: 2 are waiting")
         assert (await visitor.infer("digits", dark(1))).status_code == 200, "clean images need no alert log"
         assert await visitor.metric("rejected_total", reason="AlertQueueFull") == 1
-        assert await visitor.metric("alerts_total", **{"model": "digits", "class": "zero"}) == 2
+        assert await visitor.metric("predictions_total", model="digits", verdict="alert") == 2
         waiting = asyncio.create_task(visitor.infer("digits", bright(1, seed=2)))
         await asyncio.sleep(0.02)
         assert not waiting.done()
