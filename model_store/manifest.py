@@ -123,6 +123,10 @@ class AttackRecord(Record):
     success_rate: Rate | None
 
 
+Label = Annotated[str, Field(min_length=1, max_length=512)]
+"""A class's name; alerts keep it in a column with an end."""
+
+
 class Draft(Record):
     """What a publisher says about a model; the store adds name, version, time and files.
 
@@ -132,7 +136,7 @@ class Draft(Record):
 
     kind: Literal["classifier", "regulator", "coophance", "nip"]
     input: InputSpec
-    labels: tuple[str, ...]
+    labels: tuple[Label, ...]
     layers: dict[str, str] = {}
     parent: Parent | None = None
     threshold: float | None = None

@@ -4,9 +4,10 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from time import perf_counter
+from typing import Self
 
 import numpy as np
 
@@ -24,6 +25,11 @@ class Caller:
 
     request_id: str
     client: str
+
+    def known_as(self, request_id: str) -> Self:
+        """Return the caller under the id that its message bears, as far as that is fit to be kept and sent back."""
+        fit = "".join(character for character in request_id[:128] if character.isascii() and character.isprintable())
+        return replace(self, request_id=fit or self.request_id)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from PIL.WebPImagePlugin import WebPImageFile
 from model_store import InputSpec
 
 # The formats' own classes, not Image.open: it warns, process-wide, about sizes that are checked against a limit here.
-_OPENERS: Mapping[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
-    "PNG": PngImageFile,
-    "JPEG": JpegImageFile,
-    "WebP": WebPImageFile,
+_OPENERS: Mapping[str, tuple[str, Callable[[io.BytesIO], ImageFile.ImageFile]]] = {
+    "image/png": ("PNG", PngImageFile),
+    "image/jpeg": ("JPEG", JpegImageFile),
+    "image/webp": ("WebP", WebPImageFile),
 }
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -45,9 +45,9 @@ def decode_pixels(data: bytes, spec: InputSpec, *, max_pixels: int) -> np.ndarra
     Raises ImageRefused for other content, damage, missing pixels, an animation, more than `max_pixels` pixels (told
     from the header, before any is decoded), and for what `render_pixels` refuses.
     """
-    name = _sniff(data)
+    name, opener = _OPENERS[media_type_of(data)]
     try:
-        image = _OPENERS[name](io.BytesIO(data))
+        image = opener(io.BytesIO(data))
         width, height = image.size
         if width * height > max_pixels:
             raise ImageRefused(f"An image may have at most {max_pixels} pixels, but the {name} has {width} x {height}.")
@@ -135,13 +135,14 @@ def npy_to_tensor(data: bytes) -> np.ndarray:
     return array
 
 
-def _sniff(data: bytes) -> str:
+def media_type_of(data: bytes) -> str:
+    """Return the media type of an image as its first bytes tell it; raises ImageRefused for all but three."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
+        return "image/png"
     if data.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
+        return "image/jpeg"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "WebP"
+        return "image/webp"
     found = f"{len(data)} bytes that begin with {data[:12]!r}" if data else "nothing"
     raise ImageRefused(f"A PNG, JPEG or WebP image was expected, but {found} came.")
 

@@ -27,7 +27,7 @@ class Metrics:
             "model",
         )
         self.defense_errors = self._counter("defense_errors", "Images on which the defense itself failed.", "model")
-        self.rejected = self._counter("rejected", "Requests refused before inference, by reason.", "reason")
+        self.rejected = self._counter("rejected", "Requests refused or given up, by the error's name.", "reason")
         self.alerts_written = self._counter("alerts_written", "Alerts written to the database.")
         self.alert_write_failures = self._counter("alert_write_failures", "Attempts to write alerts that failed.")
         self.scores = self._histogram("detector_score", "Detector scores.", SCORES, "model")

@@ -49,31 +49,24 @@ class State:
 
 
 class Repository:
-    """Hold the versions in service; a model that cannot be loaded does not keep the others out."""
+    """Hold the versions in service; a version that cannot be loaded does not keep the others out."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.ready = False
         self._settings = settings
         self._metrics = metrics
         self._store = Store.open(settings.store / MODELS)
-        self._served: dict[str, dict[int, ServedModel]] = {}
-        self._broken: dict[str, str] = {}
+        self._served: dict[str, dict[str, ServedModel]] = {}
+        self._defaults: dict[str, str] = {}
+        self._broken: dict[tuple[str, str], str] = {}
 
     async def load(self) -> None:
         """Load every model that the settings name, or every model of the store."""
         wanted = self._settings.models or tuple(await asyncio.to_thread(self._store.models))
         for reference in wanted:
-            name = reference.partition("@")[0]
-            try:
-                served = await asyncio.to_thread(self._open, reference)
-            except (StoreError, GraphUnloadable) as error:
-                logger.error("Model %s is not served: %s", reference, error)
-                self._broken[name] = str(error)
-            else:
-                versions = self._served.setdefault(name, {})
-                if served.version not in versions:
-                    versions[served.version] = served.start()
-                    logger.info("Model %s, version %d, is in service (%s).", name, served.version, served.mode)
+            await self._load(reference)
+        for name in sorted(self._settings.modes.keys() - self._defaults.keys()):
+            logger.warning("A mode is set for model %s, but no such model was asked for.", name)
         self.ready = True
 
     async def stop(self) -> None:
@@ -81,34 +74,51 @@ class Repository:
         await asyncio.gather(*(served.stop() for served in self.all()))
 
     def get(self, name: str, version: str | None = None) -> ServedModel:
-        """Return a version in service, the first one loaded when none is named.
+        """Return a version in service; when none is named, the first one that was asked for.
 
-        Raises ``ModelNotFound``, and ``ModelUnavailable`` for a model that is not loaded yet or could not be.
+        Raises ``ModelNotFound``, and ``ModelUnavailable`` for a version that is not loaded yet or could not be:
+        another one, perhaps with another defense, is never given in its place.
         """
-        versions = self._served.get(name, {})
-        if version is None and versions:
-            return next(iter(versions.values()))
-        for number, served in versions.items():
-            if str(number) == version:
-                return served
-        if name in self._broken and not versions:
-            raise ModelUnavailable(name, self._broken[name])
+        wanted = self._defaults.get(name, "") if version is None else version
+        served = self._served.get(name, {}).get(wanted)
+        if served is not None:
+            return served
+        if (name, wanted) in self._broken:
+            raise ModelUnavailable(name, self._broken[name, wanted])
         if not self.ready:
             raise ModelUnavailable(name, "the models are still being loaded.")
         raise ModelNotFound(name, version, sorted(self._served))
 
     def versions(self, name: str) -> list[str]:
         """Return the versions of a model that are in service."""
-        return [str(version) for version in sorted(self._served.get(name, {}))]
+        return sorted(self._served.get(name, {}), key=int)
 
     def all(self) -> list[ServedModel]:
         """Return everything in service, by name and version."""
-        return [self._served[name][version] for name in sorted(self._served) for version in sorted(self._served[name])]
+        return [self._served[name][version] for name in sorted(self._served) for version in self.versions(name)]
 
     def states(self) -> list[State]:
-        """Return how every model that was asked for is doing."""
+        """Return how every version that was asked for is doing; without a number where an alias leads nowhere."""
         ready = [State(served.name, str(served.version), "READY", "") for served in self.all()]
-        return ready + [State(name, "", "UNAVAILABLE", reason) for name, reason in sorted(self._broken.items())]
+        broken = [State(*asked, "UNAVAILABLE", reason) for asked, reason in sorted(self._broken.items())]
+        return ready + broken
+
+    async def _load(self, reference: str) -> None:
+        name, _, ref = reference.partition("@")
+        asked = ref if ref.isdecimal() else ""
+        try:
+            served = await asyncio.to_thread(self._open, reference)
+        except (StoreError, GraphUnloadable) as error:
+            logger.error("Model %s is not served: %s", reference, error)
+            self._broken[name, asked] = str(error)
+            self._defaults.setdefault(name, asked)
+            return
+        version = str(served.version)
+        self._defaults.setdefault(name, version)
+        versions = self._served.setdefault(name, {})
+        if version not in versions:
+            versions[version] = served.start()
+            logger.info("Model %s, version %s, is in service (%s).", name, version, served.mode)
 
     def _open(self, reference: str) -> ServedModel:
         fetched: Fetched = self._store.fetch(*parse_reference(reference))

@@ -47,9 +47,11 @@ class ServedModel:
         self._engine = Engine(path, wanted, device=settings.device, threads=settings.threads, noise=settings.noise)
         self._bare = (
             Engine(path, ["undefended_logits"], device=settings.device, threads=settings.threads)
-            if self.defended and settings.on_defense_error == "open"
+            if self.defended and (self.mode == "shadow" or settings.on_defense_error == "open")
             else None
         )
+        if "alert" in wanted and fetched.manifest.threshold is None:
+            raise GraphUnloadable(path, "it raises alerts, but its manifest holds no threshold.")
         self.outputs = frozenset(wanted)
         self._metrics = metrics
         self._try_out(path)
@@ -77,6 +79,7 @@ class ServedModel:
         """Start to take images; call within a running event loop."""
         self._batcher.start()
         self._metrics.model_info.labels(*self._info).set(1)
+        self._metrics.defense_errors.labels(self.name)  # shown as 0 until the first
         return self
 
     async def stop(self) -> None:

@@ -35,6 +35,8 @@ def run(settings: Settings) -> None:
         workers=1,
         log_level="warning",
         access_log=False,
+        # An address that a client wrote itself must not make it an operator.
+        proxy_headers=False,
         timeout_graceful_shutdown=settings.shutdown_seconds,
     )
     server = _Server(config, drain)

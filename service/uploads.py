@@ -12,11 +12,10 @@ from service.images import ImageRefused
 
 @dataclass(frozen=True)
 class Upload:
-    """One image as it was sent: a name for messages, its bytes, and its media type as its bytes say it."""
+    """One image as it was sent: a name for messages, and its bytes."""
 
     name: str
     data: bytes
-    media_type: str
 
 
 async def read_uploads(request: Request, most: int) -> list[Upload]:
@@ -24,7 +23,7 @@ async def read_uploads(request: Request, most: int) -> list[Upload]:
     body = await request.body()
     content_type, options = parse_options_header(request.headers.get("content-type"))
     if content_type != b"multipart/form-data":
-        return [Upload("the body", body, media_type_of(body))]
+        return [Upload("the body", body)]
     try:
         uploads = await _read_form(request, most)
     except HTTPException as error:  # what the framework makes of a form that it cannot read
@@ -44,16 +43,5 @@ async def _read_form(request: Request, most: int) -> list[Upload]:
             if not isinstance(part, UploadFile):
                 raise ImageRefused(f"Form field {field!r} is text; expected files only.")
             data = await part.read()
-            uploads.append(Upload(part.filename or field, data, media_type_of(data)))
+            uploads.append(Upload(part.filename or field, data))
     return uploads
-
-
-def media_type_of(data: bytes) -> str:
-    """Return the media type that the first bytes tell, ``application/octet-stream`` when they tell none."""
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "image/png"
-    if data.startswith(b"\xff\xd8\xff"):
-        return "image/jpeg"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "image/webp"
-    return "application/octet-stream"

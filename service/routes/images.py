@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 
 from service.disclosure import discloses
 from service.gateway import Gateway, ReceivedInput
-from service.images import ImageRefused, decode_image
+from service.images import ImageRefused, decode_image, media_type_of
 from service.routes.dependencies import CallerOf, GatewayOf
 from service.schemas import ModelInfo, Models, Prediction, Predictions
 from service.served import ServedModel
@@ -47,7 +47,7 @@ async def predict(
         uploads = await read_uploads(request, gateway.settings.max_images)
         with gateway.metrics.stage("decode"):
             images = await asyncio.to_thread(_decoded, uploads, served, gateway)
-        received = [partial(ReceivedInput, upload.data, upload.media_type) for upload in uploads]
+        received = [partial(_as_sent, upload) for upload in uploads]
         decision = await gateway.predict(served, images, received, caller)
         with gateway.metrics.stage("encode"):
             predictions = _predictions(decision, served, gateway)
@@ -71,6 +71,10 @@ def _decoded(uploads: list[Upload], served: ServedModel, gateway: Gateway) -> np
                 raise
             raise ImageRefused(f"Image {number} ({upload.name}): {error}") from error
     return np.stack(images)
+
+
+def _as_sent(upload: Upload) -> ReceivedInput:
+    return ReceivedInput(upload.data, media_type_of(upload.data))
 
 
 def _predictions(decision: Decision, served: ServedModel, gateway: Gateway) -> list[Prediction]:

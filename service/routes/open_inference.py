@@ -1,7 +1,9 @@
 """The Open Inference Protocol v2: health, metadata, infer, repository index."""
 
+import asyncio
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
@@ -16,9 +18,15 @@ from service.served import ServedModel
 from service.verdicts import Decision
 from service.version import VERSION
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
 
 NPY = "application/x-npy"
+
+LARGE_BYTES = 2**16
+"""Messages above it are decoded and encoded off the event loop."""
 
 INFER_BODY = {
     "requestBody": {
@@ -97,17 +105,29 @@ async def infer(
     served = gateway.repository.get(model, version)
     async with gateway.request(served):
         body = await request.body()
+        large = len(body) > LARGE_BYTES
         with gateway.metrics.stage("decode"):
-            message = decode_infer(body, request.headers.get("inference-header-content-length"))
+            header_length = request.headers.get("inference-header-content-length")
+            message = await _off_loop(large, decode_infer, body, header_length)
             names = _requested(message, served, gateway)
-            original, images = _image(message, served, gateway)
+            original, images = await _off_loop(large, _image, message, served, gateway)
+        if "x-request-id" not in request.headers and message.id:
+            caller = caller.known_as(message.id)
         received = [partial(_as_npy, original[row]) for row in range(len(images))]
         decision = await gateway.predict(served, images, received, caller)
         with gateway.metrics.stage("encode"):
             outputs = [OutputTensor(name, _values(decision, name), binary) for name, binary in names]
-            encoded = encode_infer(served.name, str(served.version), message.id, outputs, _parameters(decision))
+            parameters = _parameters(decision)
+            encoded = await _off_loop(
+                large, encode_infer, served.name, str(served.version), message.id, outputs, parameters
+            )
     headers = {**encoded.headers, "x-request-id": caller.request_id}
     return Response(encoded.body, media_type=encoded.media_type, headers=headers)
+
+
+async def _off_loop(large: bool, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a function, in a thread where its work would hold up every other request."""
+    return await asyncio.to_thread(function, *args, **kwargs) if large else function(*args, **kwargs)
 
 
 def _requested(message: InferRequest, served: ServedModel, gateway: Gateway) -> list[tuple[OutputName, bool]]:

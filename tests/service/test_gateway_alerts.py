@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import sqlite3
 from datetime import UTC, datetime, timedelta
 
@@ -43,6 +44,25 @@ async def test_a_row_states_the_facts_of_its_request(gateway, store, dark, brigh
             "image_kept": True,
             "status": "new",
         }
+
+
+@pytest.mark.parametrize(
+    ("id", "headers", "known_as"),
+    [
+        ("from-the-message", {}, "from-the-message"),
+        ("from-the-message", {"x-request-id": "from-the-header"}, "from-the-header"),
+        ("a\0b" + "c" * 300, {}, "ab" + "c" * 125),
+    ],
+)
+async def test_an_alert_is_found_by_the_id_of_its_message(gateway, bright, id, headers, known_as):
+    image = {"name": "image", "datatype": "UINT8", "shape": [1, 1, 16, 16], "data": bright(1).ravel().tolist()}
+    async with gateway() as visitor:
+        content = json.dumps({"id": id, "inputs": [image]})
+        answer = await visitor.http.post("/v2/models/digits/infer", content=content, headers=headers)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["x-request-id"] == known_as
+        (row,) = await visitor.alerts(1, request_id=known_as)
+    assert row["request_id"] == known_as
 
 
 async def test_without_the_bare_pass_the_bare_answer_is_not_on_record(gateway, bright):

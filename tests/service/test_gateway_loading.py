@@ -166,12 +166,20 @@ async def test_only_the_named_models_are_served_in_the_named_versions(gateway, d
             ("digits", "1", "READY"),
             ("fragile", "1", "READY"),
             ("No!", "", "UNAVAILABLE"),
-            ("digits", "", "UNAVAILABLE"),
+            ("digits", "9", "UNAVAILABLE"),
             ("letters", "", "UNAVAILABLE"),
         ]
         assert (await visitor.outputs("digits", dark(1)))["verdict"] == ["undefended"]
         assert (await visitor.http.get("/v2/models/bare")).status_code == 404
         assert (await visitor.http.get("/v2/models/letters")).status_code == 503
+
+
+async def test_another_version_is_never_given_for_the_one_that_is_broken(gateway, dark):
+    async with gateway(models="digits@9,digits@1") as visitor:
+        assert (await visitor.infer("digits", dark(1))).status_code == 503
+        for version, status in (("9", 503), ("1", 200), ("2", 404)):
+            answer = await visitor.http.get(f"/v2/models/digits/versions/{version}")
+            assert answer.status_code == status
 
 
 async def test_two_versions_of_a_model_serve_beside_each_other(gateway, dark):
