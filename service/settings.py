@@ -1,6 +1,7 @@
 """The gateway's settings, and the only place that reads the environment."""
 
 import ipaddress
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -77,6 +78,12 @@ class Settings(BaseSettings):
     def disclosure(self) -> Disclosure:
         """What a client may be told at most."""
         return self.disclose or ("all" if is_within(self.host, LOOPBACK) else "label")
+
+
+def unknown_variables() -> list[str]:
+    """Return the variables in the environment that look like a setting but are none: a misspelt one, perhaps."""
+    known = {f"PORTCULLIS_{name.upper()}" for name in Settings.model_fields}
+    return sorted(name for name in os.environ if name.startswith("PORTCULLIS_") and name not in known)
 
 
 def is_within(address: str, networks: tuple[Network, ...]) -> bool:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from service.cli.common import JsonOption, StoreOption, failures_told, settings_with
+from service.settings import unknown_variables
 
 
 def serve(
@@ -26,7 +27,10 @@ def serve(
 
         settings = settings_with(store=store, host=host, port=port, models=tuple(model) if model else None)
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-        logging.getLogger("portcullis").setLevel(logging.INFO)
+        logger = logging.getLogger("portcullis")
+        logger.setLevel(logging.INFO)
+        for name in unknown_variables():
+            logger.warning("%s is set, but there is no such setting.", name)
         run(settings)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from service.settings import LOOPBACK, Settings, is_within
+from service.settings import LOOPBACK, Settings, is_within, unknown_variables
 
 
 @pytest.fixture(autouse=True)
@@ -141,3 +141,10 @@ def test_only_loopback_discloses_everything_by_itself(host, disclosed):
 )
 def test_an_address_lies_in_a_network_or_not(address, networks, within):
     assert is_within(address, networks) is within
+
+
+def test_a_variable_that_is_no_setting_is_named(monkeypatch):
+    monkeypatch.setenv("PORTCULLIS_MODDE", "enforce")
+    monkeypatch.setenv("PORTCULLIS_MODE", "enforce")
+    assert "PORTCULLIS_MODDE" in unknown_variables()
+    assert "PORTCULLIS_MODE" not in unknown_variables()
