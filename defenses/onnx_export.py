@@ -14,6 +14,9 @@ from defenses.onnx_parity import session
 from defenses.onnx_trace import OLDEST_WRITTEN, export_module
 from defenses.protected import ProtectedClassifier
 
+NEWEST_WITH_NOISE = 21
+"""The newest opset in which ONNX Runtime draws random numbers on the CPU."""
+
 EXTERNAL_DATA_BYTES = 2**30
 
 
@@ -26,7 +29,7 @@ def export_protected(protected: ProtectedClassifier) -> onnx.ModelProto:
     classifier's nodes stand in the graph twice, on the raw and on the purified image, and share their weights.
     """
     detector, shape, classes = protected.detector, protected.classifier.image_shape, protected.classifier.classes
-    classifier_graph = _at_least(protected.classifier.model, OLDEST_WRITTEN)
+    classifier_graph = _brought_within(protected.classifier.model)
     opset = _opset(classifier_graph)
     image, noise = torch.rand(2, *shape), torch.ones(())
     with torch.no_grad():
@@ -125,8 +128,10 @@ def _largest(logits: str, class_index: str) -> NodeProto:
     return helper.make_node("ArgMax", [logits], [class_index], class_index, axis=1, keepdims=0)
 
 
-def _at_least(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
-    return model if _opset(model) >= opset else onnx.version_converter.convert_version(model, opset)
+def _brought_within(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a classifier's graph in an opset that the noise can be written and run in."""
+    opset = min(max(_opset(model), OLDEST_WRITTEN), NEWEST_WITH_NOISE)
+    return model if opset == _opset(model) else onnx.version_converter.convert_version(model, opset)
 
 
 def _opset(model: onnx.ModelProto) -> int:

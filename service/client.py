@@ -3,9 +3,20 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import numpy as np
+
+from service.settings import Mode
+
+
+class GatewayUnreachable(OSError):
+    """No gateway answers at the address."""
+
+    def __init__(self, url: str, reason: str) -> None:
+        self.url = url
+        super().__init__(f"No gateway answers at {url}: {reason}.")
 
 
 class GatewayRefused(OSError):
@@ -14,6 +25,14 @@ class GatewayRefused(OSError):
     def __init__(self, status: int, text: str) -> None:
         self.status = status
         super().__init__(f"The gateway answered {status}: {text}")
+
+
+@dataclass(frozen=True)
+class Served:
+    """Which version of a model is in service, and in which mode."""
+
+    version: str
+    mode: Mode
 
 
 @dataclass(frozen=True)
@@ -39,23 +58,23 @@ class Client:
         self._http.close()
 
     def get(self, path: str) -> dict[str, object]:
-        """Return a route's JSON; raises ``GatewayRefused`` and ``httpx.TransportError``."""
-        answer: dict[str, object] = _checked(self._http.get(path)).json()
+        """Return a route's JSON; raises ``GatewayRefused`` and ``GatewayUnreachable``."""
+        answer: dict[str, object] = self._ask("GET", path).json()
         return answer
 
-    def version(self, model: str) -> str:
-        """Return the version of a model that a call without one gets."""
+    def served(self, model: str) -> Served:
+        """Return what a call without a version gets."""
         models = self.get("/v1/models")["models"]
         assert isinstance(models, list)
         for info in models:
             if info["name"] == model and info["default"]:
-                return str(info["version"])
+                return Served(str(info["version"]), info["mode"])
         raise GatewayRefused(404, f"Model {model} is not in service.")
 
     def classify(self, model: str, images: np.ndarray, batch_size: int = 32) -> Told:
         """Return what the gateway tells of images uint8 (N, C, H, W), sent as binary tensors.
 
-        Raises ``GatewayRefused`` and ``httpx.TransportError``.
+        Raises ``GatewayRefused`` and ``GatewayUnreachable``.
         """
         offered = self.get(f"/v2/models/{model}")["outputs"]
         assert isinstance(offered, list)
@@ -83,12 +102,19 @@ class Client:
             "parameters": {"binary_data_size": len(data)},
         }
         header = json.dumps({"inputs": [image], "outputs": [{"name": name} for name in outputs]}).encode()
-        answer = self._http.post(
+        answer = self._ask(
+            "POST",
             f"/v2/models/{model}/infer",
             content=header + data,
             headers={"Inference-Header-Content-Length": str(len(header))},
         )
-        return {output["name"]: output["data"] for output in _checked(answer).json()["outputs"]}
+        return {output["name"]: output["data"] for output in answer.json()["outputs"]}
+
+    def _ask(self, method: str, path: str, **parts: Any) -> httpx.Response:
+        try:
+            return _checked(self._http.request(method, path, **parts))
+        except httpx.TransportError as error:
+            raise GatewayUnreachable(str(self._http.base_url), str(error)) from error
 
 
 def pages(client: Client, path: str) -> Iterator[dict[str, object]]:

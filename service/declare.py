@@ -35,7 +35,8 @@ def read_normalisation(mean: str | None, std: str | None) -> Normalisation | Non
         )
     except ValueError as error:
         raise DeclarationUnreadable(
-            f"Expected one number per channel, such as 0.485,0.456,0.406, got {mean!r} and {std!r}."
+            "Expected one number per channel, such as 0.485,0.456,0.406, and above 0 for --std, "
+            f"got {mean!r} and {std!r}."
         ) from error
 
 

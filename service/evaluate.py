@@ -10,8 +10,9 @@ import torch
 from defenses.attacks import AdversarialExamples, attack, craft
 from defenses.classifier import Classifier
 from defenses.evaluation import Progress
-from service.client import Client, Told
+from service.client import Client, Served, Told
 from service.datasets import Split
+from service.settings import Mode
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class AttackRow:
     fooling: int
     fooling_unrounded: int
     distortion_l2: float
+    undefended_accuracy: float
     corrected: float
     alerted: float
     resisted: float
@@ -84,6 +86,7 @@ class AttackRow:
             fooling=int(examples.fooled.sum()),
             fooling_unrounded=int(examples.fooled_unrounded.sum()),
             distortion_l2=examples.distortion,
+            undefended_accuracy=float((measured.bare == measured.targets).mean()),
             corrected=float(corrected.mean()),
             alerted=float(measured.told.alerted.mean()),
             resisted=float((corrected | measured.told.alerted).mean()),
@@ -92,18 +95,22 @@ class AttackRow:
 
 @dataclass(frozen=True)
 class Report:
-    """A measurement of one version in service."""
+    """A measurement of one version in service, in its mode.
+
+    Under ``enforce`` an alerted image gets no answer, which ``accuracy`` and ``corrected`` count as wrong.
+    """
 
     model: str
     version: str
+    mode: Mode
     clean: CleanRow
     attacks: tuple[AttackRow, ...]
 
     @classmethod
-    def of(cls, model: str, version: str, measured: Sequence[Measured]) -> Self:
+    def of(cls, model: str, served: Served, measured: Sequence[Measured]) -> Self:
         """Count what was measured: clean images first, then each attack's."""
         attacks = tuple(AttackRow.of(each, each.examples) for each in measured if each.examples)
-        return cls(model, version, CleanRow.of(measured[0]), attacks)
+        return cls(model, served.version, served.mode, CleanRow.of(measured[0]), attacks)
 
     def as_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""

@@ -1,6 +1,7 @@
 """Fitting a defense for a registered classifier and publishing it."""
 
 import json
+import math
 import re
 import tempfile
 from collections.abc import Sequence
@@ -13,9 +14,19 @@ import torch
 
 from defenses.checkpoint import save_protected, save_regulator
 from defenses.classifier import Classifier
-from defenses.coophance import FitPlan, Fitted, LabelledImages, Regulator, Splits, fit_coophance
+from defenses.coophance import (
+    FitPlan,
+    Fitted,
+    Inspector,
+    InspectorConfig,
+    LabelledImages,
+    Regulator,
+    Splits,
+    fit_coophance,
+)
 from defenses.evaluation import Progress
 from defenses.onnx_export import check_export, export_protected, save_graph
+from defenses.protected import ProtectedClassifier
 from model_store import AttackRecord, DataRecord, Draft, FalsePositiveRate, Fetched, Manifest, Parent, Store
 from service.datasets import Dataset
 from service.libraries import library_versions
@@ -58,18 +69,29 @@ def fit_and_publish(
 ) -> Manifest:
     """Fit CoopHANCE for a classifier and publish it as the next version of its name.
 
-    ``root`` is the store's folder. Nothing is published unless every step succeeds: the Regulator is then published
-    on its own as well, named after the data set. Raises what ``defenses.coophance.fit_coophance`` raises,
+    ``root`` is the store's folder. Nothing is published unless every step succeeds: then the Regulator on its own,
+    named after the data set, and after it the defense. Raises what ``defenses.coophance.fit_coophance`` raises,
     ``DeviceMissing``, ``ExportBroken``, and the store's errors.
     """
     module = Classifier.load(classifier.folder / GRAPH)
     plan = replace(plan, layer=plan.layer or classifier.manifest.layers.get("tap"))
+    _rehearse_export(module, plan)
     fitted = fit_coophance(module, _splits(dataset), plan, device=_device(device), progress=progress)
     progress("export", 0, 1)
     graph = export_protected(fitted.protected)
     check_export(graph, fitted.protected, torch.from_numpy(dataset.test.images[:8]).float() / 255)
     progress("export", 1, 1)
     return _publish(root, fitted, graph, _draft(classifier, dataset, plan, fitted, command))
+
+
+def _rehearse_export(classifier: Classifier, plan: FitPlan) -> None:
+    """Export an unfitted defense, so that a classifier whose graph does not allow it fails before the training."""
+    classifier.eval()
+    layer = classifier.resolve_layer(plan.layer) if plan.layer else classifier.tap
+    inspector = Inspector(InspectorConfig(layer.name, math.prod(layer.shape), classifier.classes, plan.inspects))
+    regulator = Regulator(plan.regulator_config(classifier.image_shape))
+    protected = ProtectedClassifier(classifier, regulator, inspector, 0.0).eval()
+    check_export(export_protected(protected), protected, torch.full((2, *classifier.image_shape), 0.5))
 
 
 def find_classifier(store: Store, name: str, ref: int | str | None) -> Fetched:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
-from model_store import Fetched, Store, StoreError, parse_reference
+from model_store import SERVING, Fetched, Store, StoreError, parse_reference
 from service.engine import GraphUnloadable
 from service.metrics import Metrics
 from service.served import ServedModel
@@ -58,7 +58,7 @@ class Repository:
         self._store = Store.open(settings.store / MODELS)
         self._served: dict[str, dict[str, ServedModel]] = {}
         self._defaults: dict[str, str] = {}
-        self._broken: dict[tuple[str, str], str] = {}
+        self._broken: dict[str, State] = {}
 
     async def load(self) -> None:
         """Load every model that the settings name, or every model of the store."""
@@ -67,7 +67,7 @@ class Repository:
             await self._load(reference)
         for name in sorted(self._settings.modes.keys() - self._defaults.keys()):
             logger.warning("A mode is set for model %s, but no such model was asked for.", name)
-        self.ready = True
+        self.ready = bool(self._served) or not wanted
 
     async def stop(self) -> None:
         """Let every model answer what it took, and end."""
@@ -83,8 +83,9 @@ class Repository:
         served = self._served.get(name, {}).get(wanted)
         if served is not None:
             return served
-        if (name, wanted) in self._broken:
-            raise ModelUnavailable(name, self._broken[name, wanted])
+        for state in self._broken.values():
+            if (state.name, state.version) == (name, wanted):
+                raise ModelUnavailable(name, state.reason)
         if not self.ready:
             raise ModelUnavailable(name, "the models are still being loaded.")
         raise ModelNotFound(name, version, sorted(self._served))
@@ -100,17 +101,16 @@ class Repository:
     def states(self) -> list[State]:
         """Return how every version that was asked for is doing; without a number where an alias leads nowhere."""
         ready = [State(served.name, str(served.version), "READY", "") for served in self.all()]
-        broken = [State(*asked, "UNAVAILABLE", reason) for asked, reason in sorted(self._broken.items())]
-        return ready + broken
+        return ready + [self._broken[reference] for reference in sorted(self._broken)]
 
     async def _load(self, reference: str) -> None:
         name, _, ref = reference.partition("@")
-        asked = ref if ref.isdecimal() else ""
         try:
             served = await asyncio.to_thread(self._open, reference)
         except (StoreError, GraphUnloadable) as error:
             logger.error("Model %s is not served: %s", reference, error)
-            self._broken[name, asked] = str(error)
+            asked = await asyncio.to_thread(self._number, name, ref)
+            self._broken[reference] = State(name, asked, "UNAVAILABLE", str(error))
             self._defaults.setdefault(name, asked)
             return
         version = str(served.version)
@@ -119,6 +119,15 @@ class Repository:
         if version not in versions:
             versions[version] = served.start()
             logger.info("Model %s, version %s, is in service (%s).", name, version, served.mode)
+
+    def _number(self, name: str, ref: str) -> str:
+        """Return the number of the version that a reference means, "" where there is no telling."""
+        if ref.isdecimal():
+            return ref
+        try:
+            return str(self._store.aliases(name).get(ref or SERVING, ""))
+        except StoreError:
+            return ""
 
     def _open(self, reference: str) -> ServedModel:
         fetched: Fetched = self._store.fetch(*parse_reference(reference))

@@ -8,8 +8,11 @@ from service.evaluate import Report
 def report_table(report: Report) -> Table:
     """Return a report as a table: the share of right answers, bare and protected, of alerts and of resisted images."""
     table = Table(
-        title=f"{report.model}, version {report.version}, through HTTP",
-        caption="\n".join(row.attack for row in report.attacks),
+        title=f"{report.model}, version {report.version}, mode {report.mode}, through HTTP",
+        caption="\n".join(
+            f"{row.attack}: {row.fooling_unrounded} fool the classifier before rounding to 8 bits, {row.fooling} after"
+            for row in report.attacks
+        ),
     )
     table.add_column("input")
     for heading in ("attacked", "sent", "bare", "gate", "alerted", "resisted", "L2"):
@@ -28,7 +31,7 @@ def report_table(report: Report) -> Table:
             row.attack.partition(":")[0],
             str(row.attempted),
             str(row.fooling),
-            _percent(0),  # only what fools the bare classifier is sent
+            _percent(row.undefended_accuracy),
             _percent(row.corrected),
             _percent(row.alerted),
             _percent(row.resisted),

@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-from fastapi.routing import APIRoute
 from pydantic.fields import FieldInfo
 from typer.main import get_command
 
@@ -47,12 +46,9 @@ def test_every_setting_is_documented_with_its_default_and_meaning():
 
 def test_every_route_is_documented():
     documented = {tuple(row[0].strip("`").split(" ")) for row in rows("Routes")}
-    routes = {
-        (method, route.path)
-        for route in create_app(Settings()).routes
-        if isinstance(route, APIRoute)
-        for method in route.methods
-    }
+    paths = create_app(Settings()).openapi()["paths"]
+    routes = {(method.upper(), path) for path, methods in paths.items() for method in methods}
+    assert len(routes) > 15
     assert documented == {*routes, ("GET", "/docs")}
 
 

@@ -12,7 +12,7 @@ from defenses.attacks import AdversarialExamples, Attack, attack, craft
 from defenses.calibration import calibrate, check_budget
 from defenses.classifier import Classifier, Layer
 from defenses.coophance.augmentation import Augmentation
-from defenses.coophance.inspector import Inspector, InspectorConfig, InspectorReport, fit_inspector
+from defenses.coophance.inspector import FEWEST_EXAMPLES, Inspector, InspectorConfig, InspectorReport, fit_inspector
 from defenses.coophance.regulator import Regulator, RegulatorConfig
 from defenses.coophance.training import TrainedRegulator, TrainingPlan, fit_regulator, steps_in
 from defenses.evaluation import Progress, resisted, run_batched
@@ -62,6 +62,20 @@ class FitPlan:
     inverse_penalty: float = 1e-3
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        positive = ("examples", "negatives", "test_examples", "epochs", "minutes", "batch_size", "inverse_penalty")
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"Expected {name} above 0, got {value}.")
+        if not self.alpha >= 0:
+            raise ValueError(f"Expected alpha of 0 or more, got {self.alpha}.")
+
+    def regulator_config(self, image_shape: tuple[int, int, int]) -> RegulatorConfig:
+        """Return the structure of the Regulator for images (C, H, W)."""
+        config = RegulatorConfig(image_shape) if self.form == "batch-norm" else RegulatorConfig.plain(image_shape)
+        return replace(config, confusion=self.confusion, alpha=self.alpha)
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -85,9 +99,19 @@ def fit_coophance(
 ) -> Fitted:
     """Fit a Regulator and an Inspector, calibrate the threshold, and measure the whole (sections 3.1 and 3.2).
 
-    Everything that can be checked beforehand is: raises ``CalibrationTooSmall``, ``AttackUnknown`` and
-    ``LayerNotFound`` at once, and ``ValueError`` for a classifier that gets nothing right or that no attack fools.
+    The same plan on the same machine gives the same result; the global random state is left as it was. Before the
+    training begins, raises ``CalibrationTooSmall``, ``AttackUnknown`` and ``LayerNotFound``, and ``ValueError`` for a
+    classifier that gets nothing right or that too few attacked images fool.
     """
+    cuda = [device] if device.type == "cuda" else []
+    # Reduced precision would move what lies on the classifier's boundary, where these examples lie.
+    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False)
+    with torch.random.fork_rng(devices=cuda), exact:
+        torch.manual_seed(plan.seed)
+        return _fit(classifier, splits, plan, device, progress)
+
+
+def _fit(classifier: Classifier, splits: Splits, plan: FitPlan, device: torch.device, progress: Progress) -> Fitted:
     attacks = [attack(text) for text in plan.attacks]
     layer = classifier.resolve_layer(plan.layer) if plan.layer else classifier.tap
     check_budget(len(splits.calibration.targets), plan.budget)
@@ -100,10 +124,20 @@ def fit_coophance(
         return craft(each, classifier, *part, limit=limit, device=device, seed=plan.seed, progress=advance)
 
     examples = tuple(crafted(each, splits.fit, plan.examples, "fit") for each in attacks)
+    fooling = sum(int(each.fooled.sum()) for each in examples)
+    if fooling < FEWEST_EXAMPLES:
+        raise ValueError(
+            f"An Inspector needs at least {FEWEST_EXAMPLES} images that fool the classifier, got {fooling}."
+        )
     training = _training_plan(classifier, splits.fit.images, plan, device)
     pairs = [(each.x, each.x_adv) for each in examples]
     trained = fit_regulator(
-        _regulator_config(classifier, plan), splits.fit.images, pairs, training, device=device, progress=progress
+        plan.regulator_config(classifier.image_shape),
+        splits.fit.images,
+        pairs,
+        training,
+        device=device,
+        progress=progress,
     )
     inspector, report = _fit_inspector(classifier, trained.regulator, layer, splits.fit, examples, plan, progress)
     protected = ProtectedClassifier(classifier, trained.regulator, inspector.to(device), float("inf")).eval()
@@ -115,12 +149,6 @@ def fit_coophance(
     return Fitted(protected.cpu(), layer, trained, training, report, examples, metrics)
 
 
-def _regulator_config(classifier: Classifier, plan: FitPlan) -> RegulatorConfig:
-    shape = classifier.image_shape
-    config = RegulatorConfig(shape) if plan.form == "batch-norm" else RegulatorConfig.plain(shape)
-    return replace(config, confusion=plan.confusion, alpha=plan.alpha)
-
-
 def _training_plan(classifier: Classifier, images: Tensor, plan: FitPlan, device: torch.device) -> TrainingPlan:
     training = TrainingPlan(
         steps=max(5, round(plan.epochs * len(images) / plan.batch_size)),
@@ -130,7 +158,7 @@ def _training_plan(classifier: Classifier, images: Tensor, plan: FitPlan, device
     )
     if plan.minutes is None:
         return training
-    steps = steps_in(_regulator_config(classifier, plan), training, plan.minutes * 60, device=device)
+    steps = steps_in(plan.regulator_config(classifier.image_shape), training, plan.minutes * 60, device=device)
     return replace(training, steps=steps)
 
 
@@ -154,8 +182,6 @@ def _fit_inspector(
         return classifier.features(watched, layer.name).flatten(1)
 
     fooling = torch.cat([each.x_adv[each.fooled] for each in examples])
-    if len(fooling) == 0:
-        raise ValueError("No attack fooled the classifier, so the Inspector has nothing to learn from.")
     predicted = _over(lambda x: classifier(purified(x)).argmax(1), fooling, device)
     rows = torch.cat([(fit.targets == c).nonzero().flatten()[: plan.negatives] for c in range(classifier.classes)])
     return fit_inspector(

@@ -12,6 +12,9 @@ from defenses.detector import Detector
 FEWEST_EXAMPLES = 10
 """Below so many examples of either kind a class shares the detector fitted on all classes together."""
 
+MOST_POOLED = 2000
+"""How many examples of each kind the detector for all classes together is fitted on at most."""
+
 
 @dataclass(frozen=True)
 class InspectorConfig:
@@ -87,7 +90,9 @@ def fit_inspector(
     total = config.classes - len(pooled) + bool(pooled)
     done = 0
     if pooled:
-        weight, bias = _regress(activations_of(benign[0]), activations_of(adversarial[0]), inverse_penalty)
+        weight, bias = _regress(
+            activations_of(_thinned(benign[0])), activations_of(_thinned(adversarial[0])), inverse_penalty
+        )
         inspector.weight.data[pooled], inspector.bias.data[pooled] = weight, bias
         done += 1
         progress(done, total)
@@ -101,6 +106,11 @@ def fit_inspector(
         tuple(len(images) for images in negatives), tuple(len(images) for images in positives), tuple(pooled)
     )
     return inspector.eval(), report
+
+
+def _thinned(images: Tensor) -> Tensor:
+    """Return at most ``MOST_POOLED`` of the images, evenly spaced."""
+    return images[torch.linspace(0, len(images) - 1, min(len(images), MOST_POOLED)).round().long()]
 
 
 def _regress(negatives: Tensor, positives: Tensor, inverse_penalty: float) -> tuple[Tensor, Tensor]:

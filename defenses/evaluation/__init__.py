@@ -17,8 +17,9 @@ def run_batched(protected: ProtectedClassifier, images: Tensor, device: torch.de
     outputs = []
     for batch in images.split(batch_size):
         x = batch.to(device)
-        outputs.append(protected(x.float() / 255 if x.dtype == torch.uint8 else x))
-    return Output(*(torch.cat(column).cpu() for column in zip(*outputs, strict=True)))
+        output = protected(x.float() / 255 if x.dtype == torch.uint8 else x)
+        outputs.append([column.cpu() for column in output])
+    return Output(*(torch.cat(column) for column in zip(*outputs, strict=True)))
 
 
 def resisted(output: Output, y: Tensor) -> Tensor:

@@ -33,7 +33,10 @@ def _supported(media_type: str) -> str:
 
 
 def _in_utc(moment: datetime) -> datetime:
-    return moment.astimezone(UTC)
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError as error:
+        raise ValueError("a moment must lie within the years 1 to 9999 in UTC") from error
 
 
 # Indexed texts have an end: PostgreSQL refuses an index entry above about 2700 bytes.

@@ -23,6 +23,9 @@ from service.cli.common import (
 
 app = typer.Typer(no_args_is_help=True, help="Fit a defense for a registered classifier and publish it.")
 
+ACCEPTABLE_LOSS = 0.2
+"""The clean accuracy that a fit may cost before its user is warned."""
+
 
 @app.callback()
 def fit() -> None:
@@ -83,6 +86,11 @@ def coophance(
             root = settings_with(store=store).store
             manifest = fit_and_publish(
                 root, classifier, dataset, plan, device=device, progress=progress, command=command_line()
+            )
+        lost = manifest.metrics["clean_accuracy_undefended"] - manifest.metrics["clean_accuracy"]
+        if lost > ACCEPTABLE_LOSS:
+            typer.echo(
+                f"portcullis: this defense costs {100 * lost:.1f} points of clean accuracy; fit longer.", err=True
             )
         if promote:
             models.set_alias(manifest.name, SERVING, manifest.version)

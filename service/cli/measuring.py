@@ -33,7 +33,10 @@ def evaluate(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Send clean and adversarial test images to a running gateway and count what comes back."""
+    """Send clean and adversarial test images to a running gateway and count what comes back.
+
+    The test images are those of the split that the model was fitted with; --seed orders them.
+    """
     with failures_told():
         from defenses.classifier import Classifier
         from service.client import Client
@@ -44,10 +47,21 @@ def evaluate(
         from service.tables import report_table
 
         client = Client(url)
-        version = client.version(name)
-        bare = find_classifier(open_models(store), name, version)
+        served = client.served(name)
+        if served.mode == "shadow":
+            raise ValueError(f"{name} is served in shadow mode, in which clients are told nothing that can be counted.")
+        models = open_models(store)
+        bare = find_classifier(models, name, served.version)
+        fitted_on = models.manifest(name, served.version).data
         with progress_bars(shown=not as_json) as progress:
-            dataset = read_dataset(data, bare.manifest, seed, data_root, progress)
+            split_seed = fitted_on.split_seed if fitted_on else seed
+            dataset = read_dataset(data, bare.manifest, split_seed, data_root, progress)
+            if fitted_on and fitted_on.digest != dataset.digest:
+                typer.echo(
+                    f"portcullis: {name} was fitted on other images than these (digest {fitted_on.digest[:12]}, not "
+                    f"{dataset.digest[:12]}), so that some of these may have been fitted on.",
+                    err=True,
+                )
             measured = measure(
                 client,
                 name,
@@ -58,7 +72,7 @@ def evaluate(
                 seed=seed,
                 progress=progress,
             )
-        report = Report.of(name, version, measured)
+        report = Report.of(name, served, measured)
         if as_json:
             typer.echo(json.dumps(report.as_json(), indent=2))
         else:

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from model_store import SERVING, Store, parse_reference
+from model_store import SERVING, Store, StoreError, parse_reference
 from service.cli.common import JsonOption, StoreOption, command_line, failures_told, open_models, settings_with
 
 
@@ -73,18 +73,23 @@ def promote(
 
 
 def models(store: StoreOption = None, as_json: JsonOption = False) -> None:
-    """List the store's models and their versions."""
+    """List the store's models and their versions; exit 1 if one cannot be read."""
     with failures_told():
         found = open_models(store)
-        rows = []
+        rows, unreadable = [], False
         for name in found.models():
             serving = found.aliases(name).get(SERVING)
             for version in found.versions(name):
-                manifest = found.manifest(name, version)
-                rows.append({"serving": version == serving, **json.loads(manifest.model_dump_json())})
+                try:
+                    manifest = found.manifest(name, version)
+                except StoreError as error:
+                    typer.echo(f"portcullis: {error}", err=True)
+                    unreadable = True
+                else:
+                    rows.append({"serving": version == serving, **json.loads(manifest.model_dump_json())})
         if as_json:
             typer.echo(json.dumps(rows, indent=2))
-            return
+            raise typer.Exit(int(unreadable))
         table = Table("model", "version", "kind", "serving", "threshold", "clean accuracy", "created")
         for row in rows:
             accuracy = row["metrics"].get("clean_accuracy")
@@ -98,6 +103,7 @@ def models(store: StoreOption = None, as_json: JsonOption = False) -> None:
                 row["created"],
             )
         Console().print(table)
+        raise typer.Exit(int(unreadable))
 
 
 def verify(

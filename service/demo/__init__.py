@@ -7,9 +7,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
-import httpx
 from rich.console import Console
 from rich.table import Table
 
@@ -29,6 +29,7 @@ IMAGES = 120
 WORST_FALSE_POSITIVE_RATE = 0.15
 LEAST_RESISTANCE = 0.70
 START_SECONDS = 60
+WRITE_SECONDS = 10
 
 
 class GatewayDidNotStart(OSError):
@@ -49,16 +50,18 @@ def run(folder: Path, port: int, *, once: bool) -> int:
             build_demo(store, progress)
     port = _free_port(port)
     url = f"http://127.0.0.1:{port}"
-    with _gateway(folder, port), closing(Client(url)) as client:
-        _wait_until_ready(client)
+    with _gateway(folder, port) as process, closing(Client(url)) as client:
+        _wait_until_ready(client, process)
+        start = datetime.now(UTC)
         measured = _measure(client, store)
-        report = Report.of(NAME, client.version(NAME), measured)
+        report = Report.of(NAME, client.served(NAME), measured)
         console.print(_samples(measured))
         console.print(report_table(report))
-        alerts = sum(1 for _ in pages(client, f"/v1/alerts?model={NAME}"))
-        console.print(f"{alerts} alerts are on record.")
+        verdicts = sum(int(each.told.alerted.sum()) for each in measured)
+        alerts = _alerts_on_record(client, start, verdicts)
+        console.print(f"{verdicts} images were alerted, and {alerts} alerts are on record.")
         console.print(_what_to_try(url, _example_image(folder, measured[0])), highlight=False, soft_wrap=True)
-        status = _verdict(report, console)
+        status = _verdict(report, console) or int(alerts != verdicts)
         if not once:
             console.print("The gateway stays up. Ctrl-C stops it.")
             _wait_for_interrupt()
@@ -79,6 +82,17 @@ def _measure(client: Client, store: Path) -> list[Measured]:
             seed=SEED,
             progress=progress,
         )
+
+
+def _alerts_on_record(client: Client, start: datetime, expected: int) -> int:
+    """Count the alerts since ``start``, waiting a little for those that are still to be written."""
+    since = start.isoformat().replace("+00:00", "Z")
+    deadline = time.monotonic() + WRITE_SECONDS
+    while True:
+        count = sum(1 for _ in pages(client, f"/v1/alerts?model={NAME}&since={since}"))
+        if count >= expected or time.monotonic() > deadline:
+            return count
+        time.sleep(0.1)
 
 
 def _samples(measured: list[Measured]) -> Table:
@@ -130,7 +144,7 @@ def _verdict(report: Report, console: Console) -> int:
 
 
 @contextmanager
-def _gateway(folder: Path, port: int) -> Iterator[None]:
+def _gateway(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
     environment = {
         **os.environ,
         "PORTCULLIS_STORE": str(folder / "store"),
@@ -142,18 +156,20 @@ def _gateway(folder: Path, port: int) -> Iterator[None]:
     command = [sys.executable, "-c", "from service.cli import app; app()", "serve"]
     process = subprocess.Popen(command, env=environment)
     try:
-        yield
+        yield process
     finally:
         process.terminate()
         process.wait()
 
 
-def _wait_until_ready(client: Client) -> None:
+def _wait_until_ready(client: Client, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise GatewayDidNotStart(f"The gateway ended with status {process.returncode}; its log above says why.")
         try:
             client.get("/v2/health/ready")
-        except (OSError, httpx.TransportError):
+        except OSError:
             time.sleep(0.1)
         else:
             return

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from service.alerts import Alert, AlertLog, new_alert_id
-from service.client import Client, GatewayRefused, pages
+from service.client import Client, GatewayRefused, Served, pages
 
 
 @pytest.fixture
@@ -24,10 +24,10 @@ def client(server) -> Iterator[Client]:
 
 
 def test_the_version_that_a_call_without_one_gets(client):
-    assert client.version("digits") == "2"
-    assert client.version("bare") == "1"
+    assert client.served("digits") == Served("2", "flag")
+    assert client.served("bare") == Served("1", "flag")
     with pytest.raises(GatewayRefused, match="Model letters is not in service") as caught:
-        client.version("letters")
+        client.served("letters")
     assert caught.value.status == 404
 
 
