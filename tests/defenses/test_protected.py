@@ -138,6 +138,14 @@ def test_a_classifier_from_an_older_opset_is_brought_up(randomised, export_by_sc
     check_export(export_protected(protected), protected, torch.rand(3, *SHAPE))
 
 
+def test_a_classifier_from_a_newer_opset_than_the_noise_runs_in_is_brought_down(randomised):
+    classifier = Classifier(export_classifier(randomised(cifar_resnet(8)), SHAPE, opset=23)).eval()
+    protected = protect(classifier)
+    graph = export_protected(protected)
+    check_export(graph, protected, torch.rand(3, *SHAPE))
+    assert np.isfinite(run(graph, torch.rand(2, *SHAPE), quiet=False)["logits"]).all()
+
+
 def test_a_graph_that_computes_something_else_is_refused(classifier):
     protected = protect(classifier)
     graph = export_protected(protected)

@@ -439,4 +439,4 @@ def server(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[Se
 @pytest.fixture
 def serve(tmp_path: Path, store: Path) -> Callable[..., AbstractContextManager[Server]]:
     """Run a real server with some settings: ``with serve(mode="enforce") as server``."""
-    return partial(served, tmp_path, store)
+    return lambda store=store, **given: served(tmp_path, store, **given)

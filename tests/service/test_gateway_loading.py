@@ -174,6 +174,34 @@ async def test_only_the_named_models_are_served_in_the_named_versions(gateway, d
         assert (await visitor.http.get("/v2/models/letters")).status_code == 503
 
 
+async def test_every_reference_that_is_broken_is_told(gateway, tmp_path, store):
+    root = tmp_path / "store"
+    shutil.copytree(store, root)
+    flip(root / "models" / "digits" / "2" / "model.onnx")
+    async with gateway(store=root, models="digits@1,digits,digits@x") as visitor:
+        index = (await visitor.http.post("/v2/repository/index")).json()
+        told = {(entry["version"], entry["state"]): entry["reason"] for entry in index}
+        assert set(told) == {("1", "READY"), ("2", "UNAVAILABLE"), ("", "UNAVAILABLE")}
+        assert "version 2 is corrupt" in told["2", "UNAVAILABLE"]
+        assert "x" in told["", "UNAVAILABLE"]
+        assert (await visitor.http.get("/v2/models/digits/versions/2")).status_code == 503
+
+
+async def test_a_gateway_without_any_of_its_models_is_not_ready(gateway, tmp_path, store):
+    root = tmp_path / "store"
+    shutil.copytree(store / "models" / "bare", root / "models" / "bare")
+    flip(root / "models" / "bare" / "1" / "model.onnx")
+    async with gateway(ready=False, store=root, models=()) as visitor:
+        for _ in range(200):
+            index = (await visitor.http.post("/v2/repository/index")).json()
+            if index:
+                break
+            await asyncio.sleep(0.05)
+        assert index[0]["state"] == "UNAVAILABLE"
+        assert (await visitor.http.get("/v2/health/ready")).status_code == 503
+        assert (await visitor.http.get("/v2/health/live")).status_code == 200
+
+
 async def test_another_version_is_never_given_for_the_one_that_is_broken(gateway, dark):
     async with gateway(models="digits@9,digits@1") as visitor:
         assert (await visitor.infer("digits", dark(1))).status_code == 503

@@ -124,12 +124,51 @@ def test_the_same_seed_fits_the_same_defense(fitted, registered, tmp_path):
     Store.open(store / "models").set_alias("digits", "serving", 1)
     assert portcullis("fit", "coophance", "digits", "--data", "digits", *QUICK, "--store", store)[0] == 0
     first, second = (Store.open(root / "models").fetch("digits", 2) for root in (fitted, store))
+    assert second.manifest.threshold == pytest.approx(first.manifest.threshold, abs=1e-3)
+    assert second.manifest.metrics == pytest.approx(first.manifest.metrics, abs=0.01)
     for name in ("regulator.safetensors", "inspector.safetensors"):
         ours, theirs = (load_file(each.folder / "checkpoint" / name) for each in (first, second))
         for key, value in ours.items():
             # Not to the bit: the order of a sum may depend on where memory lies.
             torch.testing.assert_close(theirs[key], value, atol=1e-3, rtol=1e-3)
     assert Store.open(store / "models").aliases("digits") == {"serving": 1}, "fit must not promote by itself"
+
+
+def test_evaluate_measures_through_http_on_the_split_that_was_fitted_with(fitted, serve):
+    dataset = load_dataset(
+        ["digits"],
+        InputSpec(shape=(1, 32, 32), mode="L", resize="bilinear"),
+        labels=Store.open(fitted / "models").fetch("digits").manifest.labels,
+        split_seed=0,
+    )
+    count = len(dataset.test.targets)
+    arguments = ["--data", "digits", "--store", fitted, "--json", "--attack", "fgsm:epsilon=48/255"]
+    with serve(store=fitted) as server:
+        status, output = portcullis(
+            "evaluate", "digits", *arguments, "--limit", count, "--seed", 7, "--url", server.url
+        )
+        assert status == 0, output
+        report = json.loads(output)
+        classifier = Classifier.load(
+            find_classifier(Store.open(fitted / "models"), "digits", None).folder / "model.onnx"
+        )
+        with torch.no_grad():
+            bare = classifier.eval()(torch.from_numpy(dataset.test.images).float() / 255).argmax(1).numpy()
+        assert report["clean"]["undefended_accuracy"] == pytest.approx((bare == dataset.test.targets).mean())
+        assert (report["version"], report["mode"], report["clean"]["images"]) == ("2", "flag", count)
+        (row,) = report["attacks"]
+        assert row["undefended_accuracy"] == 0
+        assert row["resisted"] >= max(row["corrected"], row["alerted"]) > 0
+        status, output = portcullis("evaluate", "letters", *arguments, "--url", server.url)
+        assert (status, "letters" in output) == (1, True)
+    status, output = portcullis("evaluate", "digits", *arguments, "--url", server.url)
+    assert (status, "No gateway answers at" in output) == (1, True)
+
+
+def test_evaluate_refuses_a_gateway_in_shadow_mode(fitted, serve):
+    with serve(store=fitted, mode="shadow") as server:
+        status, output = portcullis("evaluate", "digits", "--data", "digits", "--store", fitted, "--url", server.url)
+    assert (status, "shadow mode" in output) == (1, True)
 
 
 def images_of(folder: Path, classes: int, each: int, side: int = 32) -> Path:
@@ -181,6 +220,9 @@ def test_a_fit_on_unusable_images_names_them_and_publishes_nothing(registered, t
     [
         (["--budget", "0.0001"], "needs at least 9999 benign calibration images"),
         (["--budget", "1.5"], "between 0 and 1"),
+        (["--inverse-penalty", "-1"], "inverse_penalty above 0, got -1"),
+        (["--minutes", "0"], "minutes above 0, got 0"),
+        (["--attack", "fgsm:epsilon=1/100000"], "at least 10 images that fool the classifier"),
         (["--layer", "layer99"], "layer99"),
         (["--attack", "fgms"], "Expected an attack such as fgsm"),
         (["--device", "cuda"], "no such device"),
@@ -298,6 +340,18 @@ def test_register_names_an_operator_that_it_lacks(tmp_path):
     status, output = portcullis("register", "net", "--onnx", tmp_path / "det.onnx", "--store", tmp_path / "store")
     assert status == 1
     assert "Det" in output
+
+
+def test_models_lists_the_others_when_one_manifest_is_damaged(fitted, tmp_path):
+    store = tmp_path / "store"
+    shutil.copytree(fitted, store)
+    path = store / "models" / "digits" / "1" / "manifest.json"
+    path.chmod(0o644)
+    path.write_text("{}")
+    status, output = portcullis("models", "--store", store)
+    assert status == 1
+    assert "manifest.json" in output
+    assert "cooph" in output
 
 
 def test_verify_names_what_is_damaged(fitted, tmp_path):

@@ -3,7 +3,7 @@ import random
 import sqlite3
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -292,3 +292,8 @@ async def test_sqlite_writes_ahead_and_checks_foreign_keys(sqlite_file: Path) ->
         ]
     await engine.dispose()
     assert pragmas == ["wal", 5000, 1]
+
+
+def test_a_moment_beyond_the_calendar_is_refused() -> None:
+    with pytest.raises(ValueError, match="years 1 to 9999"):
+        AlertFilter(since=datetime(9999, 12, 31, 23, 59, tzinfo=timezone(timedelta(hours=-12))))
