@@ -10,7 +10,7 @@ def report_table(report: Report) -> Table:
     table = Table(
         title=f"{report.model}, version {report.version}, mode {report.mode}, through HTTP",
         caption="\n".join(
-            f"{row.attack}: {row.fooling_unrounded} fool the classifier before rounding to 8 bits, {row.fooling} after"
+            f"{row.attack}: {row.fooling_unrounded} fool it, {row.fooling} when rounded to 8 bits"
             for row in report.attacks
         ),
     )

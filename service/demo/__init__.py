@@ -59,6 +59,7 @@ def run(folder: Path, port: int, *, once: bool) -> int:
         console.print(report_table(report))
         verdicts = sum(int(each.told.alerted.sum()) for each in measured)
         alerts = _alerts_on_record(client, start, verdicts)
+        console.print("Both attacks are among those that the defense was fitted on; others may do better.")
         console.print(f"{verdicts} images were alerted, and {alerts} alerts are on record.")
         console.print(_what_to_try(url, _example_image(folder, measured[0])), highlight=False, soft_wrap=True)
         status = _verdict(report, console) or int(alerts != verdicts)

@@ -40,7 +40,7 @@ INFER_BODY = {
 @router.get("")
 async def server_metadata() -> dict[str, Any]:
     """Describe the server."""
-    return {"name": "portcullis", "version": VERSION, "extensions": ["binary_tensor_data", "model_repository"]}
+    return {"name": "portcullis", "version": VERSION, "extensions": ["binary_tensor_data"]}
 
 
 @router.get("/health/live")

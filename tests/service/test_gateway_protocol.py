@@ -38,7 +38,7 @@ async def test_the_server_says_what_it_is_and_that_it_is_up(visitor):
     assert answer.json() == {
         "name": "portcullis",
         "version": VERSION,
-        "extensions": ["binary_tensor_data", "model_repository"],
+        "extensions": ["binary_tensor_data"],
     }
     assert (await visitor.http.get("/v2/health/live")).json() == {"live": True}
     assert (await visitor.http.get("/v2/health/ready")).json() == {"ready": True}
