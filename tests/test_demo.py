@@ -1,6 +1,7 @@
 """The demonstration, as a newcomer runs it."""
 
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -39,7 +40,8 @@ def test_the_demonstration_keeps_its_promise_and_says_what_to_try(first_run):
     assert "/metrics" in run.stdout
 
 
-def test_a_second_start_reuses_the_store_and_the_printed_curl_line_works(first_run):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_start_reuses_the_store_and_the_printed_curl_line_works(first_run, stop):
     folder, _ = first_run
     process = subprocess.Popen(
         [*PORTCULLIS, "demo", "--folder", str(folder), "--port", "18000"], stdout=subprocess.PIPE, text=True
@@ -58,6 +60,8 @@ def test_a_second_start_reuses_the_store_and_the_printed_curl_line_works(first_r
         answer = httpx.post(command[2], content=Path(command[1]).read_bytes(), headers={"Content-Type": "image/png"})
         assert answer.json()["predictions"][0]["verdict"] in ("accepted", "alert")
     finally:
-        process.send_signal(2)
+        process.send_signal(stop)
         assert process.wait(timeout=30) == 0
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(command[2])
     assert Store.open(folder / "store" / MODELS).versions(NAME) == [1, 2]

@@ -1,6 +1,7 @@
 """The demonstration: handwritten digits, protected and attacked through HTTP."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -42,6 +43,8 @@ def run(folder: Path, port: int, *, once: bool) -> int:
     0 when at most 15 % of the clean images are alerted and at least 70 % of the adversarial ones resisted, else 1.
     Without ``once`` the gateway stays up until Ctrl-C.
     """
+    # A stop by SIGTERM ends the gateway too, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console()
     store = folder / "store"
     if not is_built(store):
