@@ -10,6 +10,8 @@ import numpy as np
 
 from service.settings import Mode
 
+OUTPUTS = ("class_index", "verdict")
+
 
 class GatewayUnreachable(OSError):
     """No gateway answers at the address."""
@@ -39,12 +41,11 @@ class Served:
 class Told:
     """What the gateway told of N images.
 
-    ``class_index`` (N,) int64, -1 where withheld; ``alerted`` (N,) bool; ``undefended_class_index`` (N,) or None.
+    ``class_index`` (N,) int64, -1 where withheld; ``alerted`` (N,) bool.
     """
 
     class_index: np.ndarray
     alerted: np.ndarray
-    undefended_class_index: np.ndarray | None
 
 
 class Client:
@@ -76,21 +77,14 @@ class Client:
 
         Raises ``GatewayRefused`` and ``GatewayUnreachable``.
         """
-        offered = self.get(f"/v2/models/{model}")["outputs"]
-        assert isinstance(offered, list)
-        wanted = ["class_index", "verdict"]
-        if any(output["name"] == "undefended_class_index" for output in offered):
-            wanted.append("undefended_class_index")
         answers = [
-            self._infer(model, images[first : first + batch_size], wanted)
+            self._infer(model, images[first : first + batch_size], OUTPUTS)
             for first in range(0, len(images), batch_size)
         ]
-        joined = {name: [value for answer in answers for value in answer[name]] for name in wanted}
-        bare = joined.get("undefended_class_index")
+        joined = {name: [value for answer in answers for value in answer[name]] for name in OUTPUTS}
         return Told(
             class_index=np.array(joined["class_index"], np.int64),
             alerted=np.array([verdict == "alert" for verdict in joined["verdict"]], bool),
-            undefended_class_index=None if bare is None else np.array(bare, np.int64),
         )
 
     def _infer(self, model: str, images: np.ndarray, outputs: Iterable[str]) -> Mapping[str, list[object]]:

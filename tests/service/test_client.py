@@ -34,15 +34,13 @@ def test_images_are_classified_in_batches_and_in_order(client, dark, bright):
     images = np.concatenate([dark(20), bright(3), dark(14, seed=1)])
     told = client.classify("digits", images, batch_size=8)
     assert told.alerted.tolist() == [False] * 20 + [True] * 3 + [False] * 14
-    assert told.class_index.shape == told.undefended_class_index.shape == (37,)
+    assert told.class_index.shape == (37,)
     one_by_one = [client.classify("digits", images[row : row + 1]) for row in range(len(images))]
     assert told.class_index.tolist() == [one.class_index[0] for one in one_by_one]
-    assert told.undefended_class_index.tolist() == [one.undefended_class_index[0] for one in one_by_one]
 
 
-def test_a_bare_classifier_tells_one_answer_only(client, bright):
+def test_a_bare_classifier_alerts_nobody(client, bright):
     told = client.classify("bare", bright(2))
-    assert told.undefended_class_index is None
     assert told.alerted.tolist() == [False, False]
 
 
