@@ -44,7 +44,7 @@ def save_protected(protected: ProtectedClassifier, folder: Path) -> None:
         raise TypeError("A CoopHANCE checkpoint holds a Regulator and an Inspector.")
     folder.mkdir(parents=True, exist_ok=True)
     save_regulator(protected.purifier, folder)
-    threshold = float(protected.threshold)
+    threshold = protected.threshold.tolist()
     _save(protected.detector, {**protected.detector.config.as_json(), "threshold": threshold}, folder / INSPECTOR)
 
 
@@ -53,7 +53,7 @@ def load_protected(classifier: Classifier, folder: Path) -> ProtectedClassifier:
     path = folder / INSPECTOR
     values = _config(path)
     threshold = values.pop("threshold")
-    inspector = Inspector(InspectorConfig(**values))
+    inspector = Inspector(InspectorConfig.from_json(values))
     _load(inspector, path)
     return ProtectedClassifier(classifier, load_regulator(folder), inspector, threshold).eval()
 

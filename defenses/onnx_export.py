@@ -7,9 +7,10 @@ import numpy as np
 import onnx
 import onnx.version_converter
 import torch
-from onnx import NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from torch import Tensor
 
+from defenses.detector import Evidence
 from defenses.onnx_parity import session
 from defenses.onnx_trace import OLDEST_WRITTEN, export_module
 from defenses.protected import ProtectedClassifier
@@ -35,25 +36,29 @@ def export_protected(protected: ProtectedClassifier) -> onnx.ModelProto:
     with torch.no_grad():
         logits, activations = protected.classifier.logits_and_features(image, detector.layer)
     purifier_graph = export_module(protected.purifier, {"image": image, "noise_scale": noise}, "purified", opset)
-    detector_graph = export_module(detector, {"activations": activations, "logits": logits}, "score", opset)
+    evidence = Evidence(activations, logits, logits + 1, torch.ones(2))._asdict()
+    detector_graph = export_module(detector, evidence, "score", opset)
 
     raw, purified = {"image": "image", "logits": "undefended_logits"}, {"image": "purified", "logits": "logits"}
     layer = protected.classifier.resolve_layer(detector.layer).name
+    seen = {name: name for name in ("logits", "undefended_logits", "distance", "score")}
     tap = (raw if detector.inspects == "raw" else purified).get(layer, f"{detector.inspects}/{layer}")
     nodes = [
         *_instance(purifier_graph, "purifier/", {name: name for name in ("image", "noise_scale", "purified")}),
         *_instance(classifier_graph, "raw/", raw, shared="classifier/"),
         *_instance(classifier_graph, "purified/", purified, shared="classifier/"),
-        *_instance(detector_graph, "detector/", {"activations": tap, "logits": "logits", "score": "score"}),
+        *_distance(),
+        *_instance(detector_graph, "detector/", {**seen, "activations": tap}),
         _largest("logits", "class_index"),
         _largest("undefended_logits", "undefended_class_index"),
-        helper.make_node("Greater", ["score", "threshold"], ["alert"], "alert"),
+        *_alert(protected.threshold.ndim),
     ]
     initializers = [
         *_initializers(purifier_graph, "purifier/"),
         *_initializers(classifier_graph, "classifier/"),
         *_initializers(detector_graph, "detector/"),
-        helper.make_tensor("threshold", TensorProto.FLOAT, [], [float(protected.threshold)]),
+        numpy_helper.from_array(protected.threshold.numpy(), "threshold"),
+        helper.make_tensor("columns", TensorProto.INT64, [1], [1]),
         helper.make_tensor("noise_scale", TensorProto.FLOAT, [], [1.0]),
     ]
     inputs = [_value("image", TensorProto.FLOAT, "N", *shape), _value("noise_scale", TensorProto.FLOAT)]
@@ -126,6 +131,25 @@ def _model(graph: onnx.GraphProto, parts: Sequence[onnx.ModelProto]) -> onnx.Mod
 
 def _largest(logits: str, class_index: str) -> NodeProto:
     return helper.make_node("ArgMax", [logits], [class_index], class_index, axis=1, keepdims=0)
+
+
+def _distance() -> list[NodeProto]:
+    """Return the nodes of the L2 distance between image and purified image."""
+    return [
+        helper.make_node("Sub", ["purified", "image"], ["difference"], "difference"),
+        helper.make_node("Flatten", ["difference"], ["flat_difference"], "flat_difference"),
+        helper.make_node("ReduceL2", ["flat_difference", "columns"], ["distance"], "distance", keepdims=0),
+    ]
+
+
+def _alert(dimensions: int) -> list[NodeProto]:
+    """Return the nodes that compare the score with the threshold, be it one or one for each class."""
+    if not dimensions:
+        return [helper.make_node("Greater", ["score", "threshold"], ["alert"], "alert")]
+    return [
+        helper.make_node("Gather", ["threshold", "class_index"], ["own_threshold"], "own_threshold"),
+        helper.make_node("Greater", ["score", "own_threshold"], ["alert"], "alert"),
+    ]
 
 
 def _brought_within(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -78,7 +78,7 @@ def different_images(store: Path, count: int) -> list[bytes]:
         seed=SEED,
         progress=lambda done, total: None,
     )
-    adversarial = (crafted.x_adv * 255).round().to(torch.uint8).numpy()
+    adversarial = crafted.rounded.numpy()
     mixed = np.concatenate([test.images[:half], adversarial])[:count]
     return [as_png(image[0]) for image in mixed]
 

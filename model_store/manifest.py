@@ -123,6 +123,7 @@ class AttackRecord(Record):
     success_rate: Rate | None
 
 
+Thresholds = Annotated[tuple[float, ...], Field(min_length=1)]
 Label = Annotated[str, Field(min_length=1, max_length=512)]
 """A class's name; alerts keep it in a column with an end."""
 
@@ -131,7 +132,8 @@ class Draft(Record):
     """What a publisher says about a model; the store adds name, version, time and files.
 
     `layers` maps a role to a layer's name, `labels` are in the order of the logits, and `threshold` is the score
-    above which an image is alerted (None: the defense has no detector).
+    above which an image is alerted: one for all, or one for each label that the protected classifier may answer (None:
+    the defense has no detector).
     """
 
     kind: Literal["classifier", "regulator", "coophance", "nip"]
@@ -139,7 +141,7 @@ class Draft(Record):
     labels: tuple[Label, ...]
     layers: dict[str, str] = {}
     parent: Parent | None = None
-    threshold: float | None = None
+    threshold: float | Thresholds | None = None
     false_positive_rate: FalsePositiveRate | None = None
     data: DataRecord | None = None
     attacks: tuple[AttackRecord, ...] = ()
@@ -154,6 +156,18 @@ class Draft(Record):
         if not self.labels and self.kind != "regulator":
             raise ValueError(f"a model of kind {self.kind!r} should have at least one label, but it has none")
         return self
+
+    @model_validator(mode="after")
+    def _check_threshold(self) -> Self:
+        if isinstance(self.threshold, tuple) and len(self.threshold) != len(self.labels):
+            raise ValueError(
+                f"a threshold for each label should be {len(self.labels)} numbers, but they are {len(self.threshold)}"
+            )
+        return self
+
+    def threshold_of(self, class_index: int) -> float | None:
+        """Return the score above which an image is alerted that is given this class, from 0."""
+        return self.threshold[class_index] if isinstance(self.threshold, tuple) else self.threshold
 
 
 class Manifest(Draft):

@@ -11,6 +11,7 @@ OutputName = Literal[
     "logits",
     "probabilities",
     "score",
+    "p_value",
     "undefended_class_index",
     "purified",
 ]
@@ -24,6 +25,7 @@ _NEEDS: dict[OutputName, Disclosure] = {
     "logits": "probabilities",
     "probabilities": "probabilities",
     "score": "all",
+    "p_value": "all",
     "undefended_class_index": "all",
     "purified": "all",
 }
@@ -51,26 +53,27 @@ def discloses(disclosure: Disclosure, output: OutputName) -> bool:
     return levels.index(disclosure) >= levels.index(_NEEDS[output])
 
 
-def available_outputs(graph_outputs: frozenset[str], disclosure: Disclosure) -> list[OutputName]:
+def available_outputs(computed: frozenset[str], disclosure: Disclosure) -> list[OutputName]:
     """Return the outputs that a model offers its clients, in a fixed order.
 
-    ``graph_outputs`` are the graph's outputs that are computed for it.
+    ``computed`` are the graph's outputs that are computed for it, and ``p_value`` where that can be told.
     """
-    computed: dict[OutputName, str] = {
+    needed: dict[OutputName, str] = {
         "score": "score",
+        "p_value": "p_value",
         "undefended_class_index": "undefended_logits",
         "purified": "purified",
     }
     return [
         output
         for output in get_args(OutputName)
-        if discloses(disclosure, output) and computed.get(output, "logits") in graph_outputs
+        if discloses(disclosure, output) and needed.get(output, "logits") in computed
     ]
 
 
-def check_output(output: str, graph_outputs: frozenset[str], disclosure: Disclosure) -> OutputName:
+def check_output(output: str, computed: frozenset[str], disclosure: Disclosure) -> OutputName:
     """Return the output's name; raises ``OutputUnknown`` or ``OutputWithheld``."""
-    available = available_outputs(graph_outputs, disclosure)
+    available = available_outputs(computed, disclosure)
     for name in get_args(OutputName):
         if name == output and name not in available and not discloses(disclosure, name):
             raise OutputWithheld(output, disclosure)

@@ -10,6 +10,7 @@ import torch
 from defenses.attacks import AdversarialExamples, attack, craft
 from defenses.classifier import Classifier
 from defenses.evaluation import Progress
+from defenses.evaluation.rates import CleanRow, Interval, rate, wilson_interval
 from service.client import Client, Served, Told
 from service.datasets import Split
 from service.settings import Mode
@@ -19,7 +20,8 @@ from service.settings import Mode
 class Measured:
     """What came back for one kind of input.
 
-    ``images`` uint8 (N, C, H, W) as sent, their true classes and the bare answers (N,), and what was told.
+    ``images`` uint8 (N, C, H, W) as sent, their true classes and the bare answers (N,), and what was told. ``examples``
+    are all that were crafted, of which those that fool the bare classifier after rounding to 8 bits are sent.
     """
 
     kind: str
@@ -29,67 +31,63 @@ class Measured:
     told: Told
     examples: AdversarialExamples | None = None
 
+    @property
+    def right(self) -> torch.Tensor:
+        """Which images are answered with the true class, bool (N,)."""
+        return torch.from_numpy(self.told.class_index == self.targets)
 
-@dataclass(frozen=True)
-class CleanRow:
-    """What the gateway did to clean images.
+    @property
+    def undefended_right(self) -> torch.Tensor:
+        """Which images the bare classifier answers with the true class, bool (N,)."""
+        return torch.from_numpy(self.bare == self.targets)
 
-    ``accuracy`` counts an answer as right whether or not it is alerted; ``accepted_accuracy`` counts an alert as an
-    error. ``undefended_accuracy`` is the bare classifier's.
-    """
-
-    images: int
-    undefended_accuracy: float
-    accuracy: float
-    accepted_accuracy: float
-    false_positive_rate: float
-
-    @classmethod
-    def of(cls, measured: Measured) -> Self:
-        """Count clean images."""
-        right = measured.told.class_index == measured.targets
-        return cls(
-            images=len(right),
-            undefended_accuracy=float((measured.bare == measured.targets).mean()),
-            accuracy=float(right.mean()),
-            accepted_accuracy=float((right & ~measured.told.alerted).mean()),
-            false_positive_rate=float(measured.told.alerted.mean()),
-        )
+    @property
+    def alerted(self) -> torch.Tensor:
+        """Which images are alerted, bool (N,)."""
+        return torch.from_numpy(self.told.alerted)
 
 
 @dataclass(frozen=True)
 class AttackRow:
     """What the gateway did to one attack's examples, crafted on the bare classifier (scenario A).
 
-    ``fooling`` of the ``attempted`` images fool the bare classifier after rounding to 8 bits (``fooling_unrounded``
-    before); the rates are over those. ``corrected`` are answered with the true class, and ``resisted`` are that or
-    alerted (section 4.1.1).
+    ``fooling`` of the ``attempted`` images fool the bare classifier after rounding to 8 bits and are sent
+    (``fooling_as_crafted`` before rounding); everything else is over those, and None where there are none.
+    ``corrected`` are answered with the true class, and ``resisted`` are that or alerted (section 4.1.1), with the
+    Wilson interval at 95 %.
     """
 
     attack: str
     attempted: int
     fooling: int
-    fooling_unrounded: int
-    distortion_l2: float
-    undefended_accuracy: float
-    corrected: float
-    alerted: float
-    resisted: float
+    fooling_as_crafted: int
+    distortion_l2: float | None
+    undefended_accuracy: float | None = None
+    corrected: float | None = None
+    alerted: float | None = None
+    resisted: float | None = None
+    resisted_interval: Interval | None = None
 
     @classmethod
     def of(cls, measured: Measured, examples: AdversarialExamples) -> Self:
         """Count one attack's examples."""
-        corrected = measured.told.class_index == measured.targets
+        counted = (
+            measured.kind,
+            len(examples.y),
+            len(measured.targets),
+            int(examples.fooled.sum()),
+            examples.distortion_rounded,
+        )
+        if not len(measured.targets):
+            return cls(*counted)
+        resisted = measured.right | measured.alerted
         return cls(
-            attack=measured.kind,
-            attempted=len(examples.y),
-            fooling=int(examples.fooled.sum()),
-            fooling_unrounded=int(examples.fooled_unrounded.sum()),
-            distortion_l2=examples.distortion,
-            undefended_accuracy=float((measured.bare == measured.targets).mean()),
-            corrected=float(corrected.mean()),
-            alerted=float(measured.told.alerted.mean()),
-            resisted=float((corrected | measured.told.alerted).mean()),
+            *counted,
+            undefended_accuracy=rate(measured.undefended_right),
+            corrected=rate(measured.right),
+            alerted=rate(measured.alerted),
+            resisted=rate(resisted),
+            resisted_interval=wilson_interval(resisted),
         )
 
 
@@ -109,8 +107,10 @@ class Report:
     @classmethod
     def of(cls, model: str, served: Served, measured: Sequence[Measured]) -> Self:
         """Count what was measured: clean images first, then each attack's."""
-        attacks = tuple(AttackRow.of(each, each.examples) for each in measured if each.examples)
-        return cls(model, served.version, served.mode, CleanRow.of(measured[0]), attacks)
+        first = measured[0]
+        clean = CleanRow.count(undefended_right=first.undefended_right, right=first.right, alerted=first.alerted)
+        attacks = tuple(AttackRow.of(each, each.examples) for each in measured if each.examples is not None)
+        return cls(model, served.version, served.mode, clean, attacks)
 
     def as_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -131,40 +131,53 @@ def measure(
     """Send clean and adversarial test images to a gateway and gather what comes back, the clean ones first.
 
     ``limit`` images of each kind, taken from ``test`` in a seeded random order; ``classifier`` is the bare one that
-    the attacks are crafted on. Of an attack's images only those that fool it are sent. Raises the client's errors and
-    ``ValueError`` when an attack fools nothing.
+    the attacks are crafted on. Of an attack's images only those that fool it after rounding to 8 bits are sent, which
+    may be none. Raises the client's errors, and ``AttackUnknown`` before anything is sent.
     """
-    order = np.random.default_rng(seed).permutation(len(test.targets))
-    images, targets = test.images[order], test.targets[order]
+    known = [attack(text) for text in attacks]
+    images, targets = in_seeded_order(test, seed)
     progress("clean", 0, 1)
-    told = client.classify(model, images[:limit])
+    told = client.classify(model, images[:limit].numpy())
     progress("clean", 1, 1)
-    measured = [Measured("clean", images[:limit], targets[:limit], _answers(classifier, images[:limit]), told)]
-    for name in attacks:
+    measured = [_measured("clean", classifier, images[:limit], targets[:limit], told)]
+    for each in known:
 
-        def advance(done: int, total: int, name: str = name) -> None:
+        def advance(done: int, total: int, name: str = each.name) -> None:
             progress(name, done, total)
 
         examples = craft(
-            attack(name),
+            each,
             classifier,
-            torch.from_numpy(images),
-            torch.from_numpy(targets),
+            images,
+            targets,
             limit=limit,
             device=torch.device("cpu"),
             seed=seed,
             progress=advance,
         )
-        if not examples.fooled.any():
-            raise ValueError(f"Attack {name} fools the bare classifier on none of {len(examples.y)} images.")
-        crafted = (examples.x_adv[examples.fooled] * 255).round().to(torch.uint8).numpy()
-        told = client.classify(model, crafted)
-        true = examples.y[examples.fooled].numpy()
-        measured.append(Measured(name, crafted, true, _answers(classifier, crafted), told, examples))
+        kept = examples.fooled_rounded
+        crafted = examples.rounded[kept]
+        told = client.classify(model, crafted.numpy())
+        measured.append(_measured(each.name, classifier, crafted, examples.y[kept], told, examples))
     return measured
 
 
+def in_seeded_order(test: Split, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a split's images (N, C, H, W) and classes (N,) in the order in which they are measured."""
+    order = np.random.default_rng(seed).permutation(len(test.targets))
+    return torch.from_numpy(test.images[order]), torch.from_numpy(test.targets[order])
+
+
 @torch.no_grad()
-def _answers(classifier: Classifier, images: np.ndarray) -> np.ndarray:
-    batches = torch.from_numpy(images).split(128)
-    return torch.cat([classifier(batch.float() / 255).argmax(1) for batch in batches]).numpy()
+def _measured(
+    kind: str,
+    classifier: Classifier,
+    images: torch.Tensor,
+    targets: torch.Tensor,
+    told: Told,
+    examples: AdversarialExamples | None = None,
+) -> Measured:
+    batches = images.split(128) if len(images) else ()
+    answers = [classifier(batch.float() / 255).argmax(1) for batch in batches]
+    bare = torch.cat([torch.empty(0, dtype=torch.int64), *answers])
+    return Measured(kind, images.numpy(), targets.numpy(), bare.numpy(), told, examples)

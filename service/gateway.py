@@ -89,7 +89,14 @@ class Gateway:
         """
         answers, undefended = await model.answer(images)
         ids = [new_alert_id() for _ in images]
-        decision = decide(answers, model.mode, model.manifest.labels, undefended=undefended, alert_ids=ids)
+        decision = decide(
+            answers,
+            model.mode,
+            model.manifest.labels,
+            p_values=model.p_values(answers),
+            undefended=undefended,
+            alert_ids=ids,
+        )
         await self._record(model, decision, ids, received, caller)
         self._count(model, decision)
         return decision
@@ -125,10 +132,11 @@ class Gateway:
 def _pending(
     model: ServedModel, decision: Decision, id: str, row: int, kept: ReceivedInput, caller: Caller, now: datetime
 ) -> PendingAlert:
-    scores, bare, threshold = decision.scores, decision.undefended_class_index, model.manifest.threshold
+    scores, p_values, bare = decision.scores, decision.p_values, decision.undefended_class_index
+    predicted = int(decision.protected_class[row])
+    threshold = model.manifest.threshold_of(predicted)
     assert scores is not None, "an alert has a score"
     assert threshold is not None, "an alert has a threshold"
-    predicted = int(decision.protected_class[row])
     alert = Alert(
         id=id,
         created=now,
@@ -142,6 +150,7 @@ def _pending(
         undefended_class_index=None if bare is None else int(bare[row]),
         score=float(scores[row]),
         threshold=threshold,
+        p_value=None if p_values is None else float(p_values[row]),
         mode=model.mode,
         sha256=hashlib.sha256(kept.data).hexdigest(),
         media_type=kept.media_type,

@@ -3,7 +3,17 @@
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-RECORDED = ("numpy", "onnx", "onnxruntime-gpu", "onnxruntime", "portcullis", "scikit-learn", "torch")
+RECORDED = (
+    "foolbox",
+    "numpy",
+    "onnx",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "portcullis",
+    "scikit-learn",
+    "scipy",
+    "torch",
+)
 
 
 def library_versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from model_store import SERVING, Fetched, Store, StoreError, parse_reference
 from service.engine import GraphUnloadable
 from service.metrics import Metrics
+from service.p_values import CalibrationUnreadable
 from service.served import ServedModel
 from service.settings import Settings
 
@@ -107,7 +108,7 @@ class Repository:
         name, _, ref = reference.partition("@")
         try:
             served = await asyncio.to_thread(self._open, reference)
-        except (StoreError, GraphUnloadable) as error:
+        except (StoreError, GraphUnloadable, CalibrationUnreadable) as error:
             logger.error("Model %s is not served: %s", reference, error)
             asked = await asyncio.to_thread(self._number, name, ref)
             self._broken[reference] = State(name, asked, "UNAVAILABLE", str(error))

@@ -25,6 +25,7 @@ class Prediction(BaseModel):
     verdict: Verdict
     alert_id: str | None
     score: float | None
+    p_value: float | None
     undefended_label: str | None
 
 
@@ -39,7 +40,8 @@ class Predictions(BaseModel):
 class ModelInfo(BaseModel):
     """What is in service, how it is protected, and what it was measured to do.
 
-    ``default`` marks the version that a call without one gets.
+    ``default`` marks the version that a call without one gets. ``threshold`` is one for all, or one for each label that
+    the protected classifier may answer.
     """
 
     name: str
@@ -48,7 +50,7 @@ class ModelInfo(BaseModel):
     kind: str
     mode: Mode
     defended: bool
-    threshold: float | None
+    threshold: float | tuple[float, ...] | None
     false_positive_rate_budget: float | None
     false_positive_rate_realised: float | None
     metrics: dict[str, float]
@@ -96,6 +98,7 @@ class AlertRow(BaseModel):
     undefended_class_index: int | None
     score: float
     threshold: float
+    p_value: float | None
     mode: Mode
     sha256: str
     media_type: str

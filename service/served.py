@@ -11,6 +11,7 @@ from model_store import Fetched
 from service.batching import Batcher, BatcherClosed, QueueFull
 from service.engine import Answers, Engine, GraphUnloadable, outputs_of
 from service.metrics import Metrics
+from service.p_values import CALIBRATION, CalibrationScores
 from service.settings import Settings
 from service.verdicts import blank, failed_rows
 
@@ -31,7 +32,8 @@ class ServedModel:
     """Answer for one version of a model.
 
     Opens the version's graph with what the mode and the disclosure need; raises the engine's ``GraphUnloadable`` and
-    ``DeviceUnavailable``.
+    ``DeviceUnavailable``, and ``CalibrationUnreadable``. ``outputs`` are those of the graph that are computed, and
+    ``p_value`` where the version holds the scores of its calibration images.
     """
 
     def __init__(self, fetched: Fetched, settings: Settings, metrics: Metrics) -> None:
@@ -40,6 +42,8 @@ class ServedModel:
         self.name = fetched.manifest.name
         self.version = fetched.manifest.version
         self.mode = settings.mode_of(self.name)
+        held = CALIBRATION in fetched.manifest.files
+        self._calibration = CalibrationScores.load(fetched.folder / CALIBRATION) if held else None
         path = fetched.folder / GRAPH
         present = outputs_of(path)
         self.defended = "purified" in present
@@ -52,7 +56,7 @@ class ServedModel:
         )
         if "alert" in wanted and fetched.manifest.threshold is None:
             raise GraphUnloadable(path, "it raises alerts, but its manifest holds no threshold.")
-        self.outputs = frozenset(wanted)
+        self.outputs = frozenset([*wanted, "p_value"] if held and "score" in wanted else wanted)
         self._metrics = metrics
         self._try_out(path)
         self._batcher = Batcher(
@@ -105,6 +109,12 @@ class ServedModel:
             logger.error("%s@%d gave values that are not finite.", self.name, self.version)
             return await self._instead(images, answers, failed)
         return answers, nobody if self.defended else ~nobody
+
+    def p_values(self, answers: Answers) -> np.ndarray | None:
+        """Return the p-values (N,) of the answers' scores, or None where the version has none to offer."""
+        if self._calibration is None or answers.scores is None:
+            return None
+        return self._calibration.p_values(answers.scores)
 
     async def _instead(
         self, images: np.ndarray, answers: Answers | None, failed: np.ndarray

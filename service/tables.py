@@ -1,8 +1,18 @@
 """Tables for people."""
 
+from collections.abc import Sequence
+from typing import get_args
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 
+from defenses.evaluation.rates import Interval
+from defenses.evaluation.scenario_a import Form, ScenarioARow
 from service.evaluate import Report
+from service.scenario_a import ScenarioAReport
+
+NOTHING = "-"
 
 
 def report_table(report: Report) -> Table:
@@ -10,7 +20,7 @@ def report_table(report: Report) -> Table:
     table = Table(
         title=f"{report.model}, version {report.version}, mode {report.mode}, through HTTP",
         caption="\n".join(
-            f"{row.attack}: {row.fooling_unrounded} fool it, {row.fooling} when rounded to 8 bits"
+            f"{row.attack}: {row.fooling_as_crafted} fool it, {row.fooling} when rounded to 8 bits"
             for row in report.attacks
         ),
     )
@@ -35,10 +45,69 @@ def report_table(report: Report) -> Table:
             _percent(row.corrected),
             _percent(row.alerted),
             _percent(row.resisted),
-            f"{row.distortion_l2:.2f}",
+            _decimal(row.distortion_l2, 2),
         )
     return table
 
 
-def _percent(rate: float) -> str:
-    return f"{100 * rate:.1f} %"
+def scenario_a_tables(report: ScenarioAReport) -> Group:
+    """Return a report as tables: clean images, then the attacks as crafted and the attacks rounded to 8 bits."""
+    crafted, rounded = ([row for row in report.rows if row.form == form] for form in get_args(Form))
+    attacked = [_attack_table("as crafted", crafted), _attack_table("rounded to 8 bits", rounded)]
+    return Group(_clean_table(report), *(attacked if report.rows else ()))
+
+
+def _clean_table(report: ScenarioAReport) -> Table:
+    table = _plain_table(f"{report.model}, version {report.version}, on clean images")
+    threshold = "one per class" if isinstance(report.threshold, list) else f"{report.threshold:.4g}"
+    table.caption = f"In brackets the 95 % interval. Threshold: {threshold}"
+    for heading in ("images", "bare accuracy", "accuracy", "alerts as errors", "false positives"):
+        table.add_column(heading, justify="right")
+    clean = report.clean
+    table.add_row(
+        str(clean.images),
+        _percent(clean.undefended_accuracy, 2),
+        _percent(clean.accuracy, 2),
+        _percent(clean.accepted_accuracy, 2),
+        f"{_percent(clean.false_positive_rate, 2)} ({_range(clean.false_positive_interval, 2)})",
+    )
+    return table
+
+
+def _attack_table(form: str, rows: Sequence[ScenarioARow]) -> Table:
+    table = _plain_table(f"crafted on the bare classifier, {form}")
+    table.caption = "Regulator: answered with the true class. Inspector: alerted. Resisted: either."
+    table.add_column("attack", overflow="fold")
+    for heading in ("fooling", "L2", "Regulator", "Inspector", "resisted", "95 %", "AUC"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row.attack,
+            f"{row.fooling}/{row.attempted}",
+            _decimal(row.distortion_l2, 2),
+            _percent(row.regulator),
+            _percent(row.inspector),
+            _percent(row.resisted),
+            _range(row.resisted_interval),
+            _decimal(row.auc, 3),
+        )
+    return table
+
+
+def _plain_table(title: str) -> Table:
+    return Table(title=title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+
+
+def _percent(rate: float | None, places: int = 1) -> str:
+    return NOTHING if rate is None else f"{100 * rate:.{places}f} %"
+
+
+def _decimal(value: float | None, places: int) -> str:
+    return NOTHING if value is None else f"{value:.{places}f}"
+
+
+def _range(interval: Interval | None, places: int = 1) -> str:
+    if interval is None:
+        return NOTHING
+    low, high = (100 * end for end in interval)
+    return f"{low:.{places}f}-{high:.{places}f}"

@@ -18,7 +18,8 @@ class Decision:
 
     ``alerted`` (N,) bool are the rows to record, also in shadow mode, where no client is told. ``protected_class``
     (N,) int64 is the protected answer whatever the client is told. In ``logits``, ``probabilities`` and ``purified``
-    the rows withheld by ``enforce`` are zero, their ``class_index`` is -1 and their label None.
+    the rows withheld by ``enforce`` are zero, their ``class_index`` is -1 and their label None. ``p_values`` (N,) are
+    zero, which no p-value is, where nothing defended.
     """
 
     verdicts: tuple[Verdict, ...]
@@ -29,6 +30,7 @@ class Decision:
     alerted: np.ndarray
     protected_class: np.ndarray
     scores: np.ndarray | None
+    p_values: np.ndarray | None
     undefended_class_index: np.ndarray | None
     purified: np.ndarray | None
     alert_ids: tuple[str | None, ...]
@@ -45,12 +47,19 @@ def failed_rows(answers: Answers) -> np.ndarray:
 
 
 def decide(
-    answers: Answers, mode: Mode, labels: Sequence[str], *, undefended: np.ndarray, alert_ids: Sequence[str]
+    answers: Answers,
+    mode: Mode,
+    labels: Sequence[str],
+    *,
+    p_values: np.ndarray | None,
+    undefended: np.ndarray,
+    alert_ids: Sequence[str],
 ) -> Decision:
     """Turn answers into a decision.
 
-    ``undefended`` (N,) bool marks the rows that hold the bare classifier's answer because nothing defends them;
-    ``alert_ids`` are fresh ids, one a row, used where a row is alerted and the mode tells.
+    ``p_values`` (N,) are those of the answers' scores, if known. ``undefended`` (N,) bool marks the rows that hold the
+    bare classifier's answer because nothing defends them; ``alert_ids`` are fresh ids, one a row, used where a row is
+    alerted and the mode tells.
     """
     alerts = np.zeros(len(answers.logits), bool) if answers.alerts is None else answers.alerts & ~undefended
     bare = answers.undefended_logits
@@ -71,6 +80,7 @@ def decide(
         alerted=alerts,
         protected_class=answers.logits.argmax(1).astype(np.int64),
         scores=answers.scores,
+        p_values=None if p_values is None else blank(p_values, undefended),
         undefended_class_index=None if bare is None else bare.argmax(1).astype(np.int64),
         purified=None if answers.purified is None else blank(answers.purified, withheld),
         alert_ids=tuple(id if alert else None for id, alert in zip(alert_ids, told, strict=True)),

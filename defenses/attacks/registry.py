@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from types import MappingProxyType
 
+import torch
 from torch import Tensor, nn
 
 from defenses.attacks.stopped_pgd import stopped_pgd
@@ -37,7 +38,8 @@ class AttackUnknown(ValueError):
 def attack(text: str) -> Attack:
     """Return the attack that ``text`` describes: a name, or ``name:parameter=value,...``.
 
-    Values are numbers or fractions such as 8/255. Raises ``AttackUnknown``.
+    Values are numbers of 0 or more, or fractions such as 8/255; counts, such as steps, are whole and at least 1.
+    Raises ``AttackUnknown``.
     """
     name, _, given = text.partition(":")
     if name not in ATTACKS:
@@ -49,19 +51,26 @@ def attack(text: str) -> Attack:
         if parameter not in defaults:
             raise AttackUnknown(text)
         try:
-            parameters[parameter] = float(Fraction(value))
+            parameters[parameter] = _number(value, count=isinstance(defaults[parameter], int))
         except (ValueError, ZeroDivisionError):
             raise AttackUnknown(text) from None
     return Attack(text, MappingProxyType(parameters), run(parameters))
 
 
+def _number(text: str, *, count: bool) -> float:
+    value = Fraction(text)
+    if value < 0 or (count and (value < 1 or value.denominator > 1)):
+        raise ValueError(text)
+    return int(value) if count else float(value)
+
+
 def _fgsm(parameters: Mapping[str, float]) -> Run:
-    return lambda model, x, y: _foolbox(model, x, y, "FGSM", parameters["epsilon"])
+    return lambda model, x, y: _foolbox(model, x, y, "FGSM", parameters["epsilon"])[0]
 
 
 def _pgd(parameters: Mapping[str, float]) -> Run:
-    options = {"abs_stepsize": parameters["step_size"], "steps": int(parameters["steps"])}
-    return lambda model, x, y: _foolbox(model, x, y, "LinfPGD", parameters["epsilon"], **options)
+    options = {"abs_stepsize": parameters["step_size"], "steps": parameters["steps"]}
+    return lambda model, x, y: _foolbox(model, x, y, "LinfPGD", parameters["epsilon"], **options)[0]
 
 
 def _stopped_pgd(parameters: Mapping[str, float]) -> Run:
@@ -69,14 +78,36 @@ def _stopped_pgd(parameters: Mapping[str, float]) -> Run:
     return lambda model, x, y: stopped_pgd(model, x, y, step_size=step_size, steps=steps)
 
 
-def _foolbox(model: nn.Module, x: Tensor, y: Tensor, name: str, epsilon: float, **options: float) -> Tensor:
+def _deepfool(parameters: Mapping[str, float]) -> Run:
+    return lambda model, x, y: _minimal(model, x, y, "L2DeepFoolAttack", **parameters)
+
+
+def _cw(parameters: Mapping[str, float]) -> Run:
+    options = {_CW_NAMES.get(name, name): value for name, value in parameters.items()}
+    return lambda model, x, y: _minimal(model, x, y, "L2CarliniWagnerAttack", **options)
+
+
+_CW_NAMES = MappingProxyType({"searches": "binary_search_steps", "step_size": "stepsize"})
+
+
+def _minimal(model: nn.Module, x: Tensor, y: Tensor, name: str, **options: float) -> Tensor:
+    """Run an attack that looks for the least distance; an image on which it finds nothing comes back unchanged."""
+    x_adv, success = _foolbox(model, x, y, name, None, **options)
+    # Where it finds nothing C&W gives a black image, which may well be misclassified.
+    found = success & x_adv.flatten(1).any(1)
+    return torch.where(found.reshape(-1, 1, 1, 1), x_adv, x)
+
+
+def _foolbox(
+    model: nn.Module, x: Tensor, y: Tensor, name: str, epsilon: float | None, **options: float
+) -> tuple[Tensor, Tensor]:
+    """Return the images of an attack of that library's and (N,) whether each fools the model."""
     from foolbox import attacks
     from foolbox.models.pytorch import PyTorchModel
 
     wrapped = PyTorchModel(model, bounds=(0, 1), device=x.device)
-    _, x_adv, _ = getattr(attacks, name)(**options)(wrapped, x, y, epsilons=epsilon)
-    clipped: Tensor = x_adv
-    return clipped
+    _, x_adv, success = getattr(attacks, name)(**options)(wrapped, x, y, epsilons=epsilon)
+    return x_adv, success
 
 
 ATTACKS: Mapping[str, tuple[Mapping[str, float], Callable[[Mapping[str, float]], Run]]] = MappingProxyType(
@@ -84,6 +115,13 @@ ATTACKS: Mapping[str, tuple[Mapping[str, float], Callable[[Mapping[str, float]],
         "fgsm": ({"epsilon": 5 / 255}, _fgsm),
         "pgd-stop": ({"step_size": 1 / 255, "steps": 50}, _stopped_pgd),
         "pgd": ({"epsilon": 8 / 255, "step_size": 2 / 255, "steps": 10}, _pgd),
+        "deepfool": ({"steps": 50, "overshoot": 0.02}, _deepfool),
+        "cw": ({"searches": 5, "steps": 200, "confidence": 0.0, "step_size": 0.01, "initial_const": 1e-3}, _cw),
     }
 )
-"""Every attack by name, with its parameters' defaults: FGSM, PGD stopped at success, and PGD in an L-infinity ball."""
+"""Every attack by name, with its parameters' defaults (CoopHANCE, section 4.1.2).
+
+FGSM, PGD stopped at success, PGD in an L-infinity ball, DeepFool and C&W. The last two look for the least L2 distance
+and end on the classifier's boundary: after rounding to 8 bits few of their examples still fool it. C&W ends a search
+early once a whole batch makes no progress, so that its examples depend a little on which images share a batch.
+"""

@@ -1,9 +1,17 @@
 """Confusion layers and the statistics they are set from (CoopHANCE, section 3.1.2, algorithm 1)."""
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+
+class Fluctuation(NamedTuple):
+    """How the channels of one layer move under attack: mean and standard deviation, each (C,) float32."""
+
+    mean: Tensor
+    standard_deviation: Tensor
 
 
 class ConfusionLayer(nn.Module):
@@ -12,7 +20,7 @@ class ConfusionLayer(nn.Module):
     Channel j of the input (N, C, H, W) becomes ``a + noise_scale * (mu_j + alpha * sigma_j * g)`` with ``g`` drawn
     afresh from N(0, 1) for every image and position, in training and at inference alike (section 3.1.2). ``mu`` and
     ``sigma`` are in units of the activation, with no division by its range, so ``alpha = 1`` is the fluctuation as it
-    was measured. Until ``set_statistics`` is called the layer is the identity.
+    was measured. Until ``imitate`` is called the layer is the identity.
     """
 
     mu: Tensor
@@ -25,10 +33,10 @@ class ConfusionLayer(nn.Module):
         self.register_buffer("mu", torch.zeros(channels))
         self.register_buffer("sigma", torch.zeros(channels))
 
-    def set_statistics(self, mu: Tensor, sigma: Tensor) -> None:
-        """Set the mean and the standard deviation of the fluctuation, each of shape (C,)."""
-        self.mu.copy_(mu)
-        self.sigma.copy_(sigma)
+    def imitate(self, fluctuation: Fluctuation) -> None:
+        """Take over a measured fluctuation of as many channels."""
+        self.mu.copy_(fluctuation.mean)
+        self.sigma.copy_(fluctuation.standard_deviation)
 
     def forward(self, activation: Tensor, noise_scale: Tensor) -> Tensor:
         if not self.enabled:
@@ -58,16 +66,11 @@ class FluctuationStatistics:
         self._sum += distance.sum(1).cpu()
         self._sum_of_squares += distance.square().sum(1).cpu()
 
-    @property
-    def mean(self) -> Tensor:
-        """The mean per channel, (C,) float32."""
-        return (self._sum / self.count).float()
-
-    @property
-    def standard_deviation(self) -> Tensor:
-        """The population standard deviation per channel, (C,) float32."""
-        variance = self._sum_of_squares / self.count - (self._sum / self.count).square()
-        return variance.clamp_min(0).sqrt().float()
+    def fluctuation(self) -> Fluctuation:
+        """Return the mean and the population standard deviation per channel, on the CPU."""
+        mean = self._sum / self.count
+        variance = self._sum_of_squares / self.count - mean.square()
+        return Fluctuation(mean.float(), variance.clamp_min(0).sqrt().float())
 
 
 @torch.no_grad()
@@ -75,11 +78,11 @@ def measure_fluctuations(
     sample_model: nn.Module,
     layers: Iterable[ConfusionLayer],
     batches: Iterable[tuple[Tensor, Tensor]],
-) -> list[FluctuationStatistics]:
+) -> list[Fluctuation]:
     """Measure, at every confusion layer's input, how the sample model's activations move under attack.
 
     ``batches`` yields pairs (x, x_adv), each (N, C, H, W) in [0, 1]; the sample model must be in evaluation mode.
-    Returns one ``FluctuationStatistics`` for each layer, in order (algorithm 1, lines 4 to 9). Raises ``ValueError``
+    Returns one ``Fluctuation`` for each layer, in order (algorithm 1, lines 4 to 9). Raises ``ValueError``
     when there are no pairs: a confusion layer without statistics would be no confusion at all.
     """
     layers = list(layers)
@@ -100,4 +103,4 @@ def measure_fluctuations(
             hook.remove()
     if any(statistic.count == 0 for statistic in statistics):
         raise ValueError("The fluctuation statistics need at least one pair of a clean and an adversarial image.")
-    return statistics
+    return [statistic.fluctuation() for statistic in statistics]

@@ -1,22 +1,31 @@
 """Fitting a whole CoopHANCE defense for a classifier, from labelled images to a calibrated threshold."""
 
-import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from defenses.attacks import AdversarialExamples, Attack, attack, craft
-from defenses.calibration import calibrate, check_budget
+from defenses.calibration import calibrate, calibrate_classes, check_budget, check_class_budgets
 from defenses.classifier import Classifier, Layer
-from defenses.coophance.augmentation import Augmentation
-from defenses.coophance.inspector import FEWEST_EXAMPLES, Inspector, InspectorConfig, InspectorReport, fit_inspector
-from defenses.coophance.regulator import Regulator, RegulatorConfig
-from defenses.coophance.training import TrainedRegulator, TrainingPlan, fit_regulator, steps_in
-from defenses.evaluation import Progress, resisted, run_batched
+from defenses.coophance.inspector import Inspector, InspectorConfig, pool_within
+from defenses.coophance.inspector_fit import INVERSE_PENALTIES, InspectorExamples, InspectorReport, fit_inspector
+from defenses.coophance.plan import FitPlan
+from defenses.coophance.regressions import FEWEST_EXAMPLES, Watched
+from defenses.coophance.regulator import Regulator
+from defenses.coophance.selection import STRENGTHS, Selection, select
+from defenses.coophance.trainer import TrainingPlan
+from defenses.coophance.training import TrainedRegulator, fit_regulator, steps_in
+from defenses.evaluation import Progress, run_batched
+from defenses.evaluation.rates import CleanRow
+from defenses.evaluation.scenario_a import ScenarioA, ScenarioARow
+from defenses.precision import full_precision
 from defenses.protected import ProtectedClassifier
+from defenses.stages import Stages
 
 
 class LabelledImages(NamedTuple):
@@ -27,195 +36,265 @@ class LabelledImages(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """The three parts of a data set, which share no image: to fit on, to calibrate on, to measure on."""
+    """The parts of a data set, which share no image: to fit on, to choose by, to calibrate on, to measure on."""
 
     fit: LabelledImages
+    validation: LabelledImages
     calibration: LabelledImages
     test: LabelledImages
-
-
-@dataclass(frozen=True)
-class FitPlan:
-    """Say how a CoopHANCE defense is fitted.
-
-    ``epochs`` of the fitting images train the sample model, unless ``minutes`` of training time are given instead.
-    ``examples`` is how many adversarial examples each attack contributes, ``negatives`` how many benign images each
-    class contributes at most; ``test_examples`` how many test images each attack is measured on. ``budget`` is the
-    false-positive rate that the threshold is calibrated to. ``layer`` names the Inspector's layer, found by itself
-    when None. ``inverse_penalty`` is the C of the regressions.
-    """
-
-    attacks: tuple[str, ...] = ("fgsm", "pgd-stop", "pgd")
-    examples: int = 2000
-    negatives: int = 2000
-    test_examples: int = 300
-    epochs: float = 20.0
-    minutes: float | None = None
-    batch_size: int = 128
-    budget: float = 0.05
-    form: Literal["batch-norm", "plain"] = "batch-norm"
-    confusion: bool = True
-    alpha: float = 1.0
-    flip: bool = True
-    inspects: Literal["raw", "purified"] = "raw"
-    layer: str | None = None
-    inverse_penalty: float = 1e-3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        positive = ("examples", "negatives", "test_examples", "epochs", "minutes", "batch_size", "inverse_penalty")
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"Expected {name} above 0, got {value}.")
-        if not self.alpha >= 0:
-            raise ValueError(f"Expected alpha of 0 or more, got {self.alpha}.")
-
-    def regulator_config(self, image_shape: tuple[int, int, int]) -> RegulatorConfig:
-        """Return the structure of the Regulator for images (C, H, W)."""
-        config = RegulatorConfig(image_shape) if self.form == "batch-norm" else RegulatorConfig.plain(image_shape)
-        return replace(config, confusion=self.confusion, alpha=self.alpha)
 
 
 @dataclass(frozen=True)
 class Fitted:
     """A fitted defense on the CPU, in evaluation mode, with what it was fitted on and measured to do.
 
-    ``metrics`` are rates on the test split: ``clean_accuracy_undefended``, ``clean_accuracy`` (alerts not counted as
-    errors), ``false_positive_rate``, and per attack ``attack_success_rate.NAME`` and ``resistance_rate.NAME``.
+    ``trained`` and ``training`` are None where a Regulator was used again. ``examples`` are those fitted on,
+    ``calibration_scores`` (n,) the scores of the calibration images, ascending. ``clean`` and ``attacks`` were measured
+    on the test split, ``clean_scores`` are those of its images; ``test_examples`` are what was measured, for a look.
+    ``seconds`` is what each stage took, however often the fit was taken up again.
     """
 
     protected: ProtectedClassifier
     layer: Layer
-    regulator: TrainedRegulator
-    training: TrainingPlan
+    trained: TrainedRegulator | None
+    training: TrainingPlan | None
+    selection: Selection
     inspector: InspectorReport
     examples: tuple[AdversarialExamples, ...]
-    metrics: dict[str, float]
+    calibration_scores: Tensor
+    clean: CleanRow
+    clean_scores: Tensor
+    attacks: tuple[ScenarioARow, ...]
+    test_examples: tuple[AdversarialExamples, ...]
+    seconds: Mapping[str, float]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The rates on the test split, by name; those over examples that fool the classifier, as crafted."""
+        metrics = {
+            "clean_accuracy_undefended": self.clean.undefended_accuracy,
+            "clean_accuracy": self.clean.accuracy,
+            "clean_accuracy_accepted": self.clean.accepted_accuracy,
+            "false_positive_rate": self.clean.false_positive_rate,
+        }
+        for row in self.attacks:
+            if row.form == "as crafted":
+                metrics[f"attack_success_rate.{row.attack}"] = row.fooling / row.attempted
+                if row.resisted is not None and row.auc is not None:
+                    metrics[f"resistance_rate.{row.attack}"] = row.resisted
+                    metrics[f"resistance_auc.{row.attack}"] = row.auc
+        return metrics
 
 
 def fit_coophance(
-    classifier: Classifier, splits: Splits, plan: FitPlan, *, device: torch.device, progress: Progress
+    classifier: Classifier,
+    splits: Splits,
+    plan: FitPlan,
+    *,
+    stages: Stages,
+    regulator: Regulator | None = None,
+    device: torch.device,
+    progress: Progress,
 ) -> Fitted:
     """Fit a Regulator and an Inspector, calibrate the threshold, and measure the whole (sections 3.1 and 3.2).
 
-    The same plan on the same machine gives the same result; the global random state is left as it was. Before the
-    training begins, raises ``CalibrationTooSmall``, ``AttackUnknown`` and ``LayerNotFound``, and ``ValueError`` for a
-    classifier that gets nothing right or that too few attacked images fool.
+    A ``regulator`` that is given is used as it is, but for its strength. What is done is kept in ``stages``: a fit that
+    was killed goes on there, to the same result. The same plan on the same machine gives the same result; the global
+    random state is left as it was. Before the training begins, raises ``CalibrationTooSmall``, ``AttackUnknown`` and
+    ``LayerNotFound``, and ``ValueError`` for a classifier that gets nothing right or that too few attacked images fool.
     """
     cuda = [device] if device.type == "cuda" else []
-    # Reduced precision would move what lies on the classifier's boundary, where these examples lie.
-    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False)
-    with torch.random.fork_rng(devices=cuda), exact:
+    with torch.random.fork_rng(devices=cuda), full_precision():
         torch.manual_seed(plan.seed)
-        return _fit(classifier, splits, plan, device, progress)
+        return _Fit(classifier.eval().to(device), splits, plan, stages, device, progress).run(regulator)
 
 
-def _fit(classifier: Classifier, splits: Splits, plan: FitPlan, device: torch.device, progress: Progress) -> Fitted:
-    attacks = [attack(text) for text in plan.attacks]
-    layer = classifier.resolve_layer(plan.layer) if plan.layer else classifier.tap
-    check_budget(len(splits.calibration.targets), plan.budget)
-    classifier = classifier.eval().to(device)
+@dataclass(frozen=True)
+class _Fit:
+    classifier: Classifier
+    splits: Splits
+    plan: FitPlan
+    stages: Stages
+    device: torch.device
+    progress: Progress
 
-    def crafted(each: Attack, part: LabelledImages, limit: int, purpose: str) -> AdversarialExamples:
-        def advance(done: int, total: int) -> None:
-            progress(f"{each.name} ({purpose})", done, total)
-
-        return craft(each, classifier, *part, limit=limit, device=device, seed=plan.seed, progress=advance)
-
-    examples = tuple(crafted(each, splits.fit, plan.examples, "fit") for each in attacks)
-    fooling = sum(int(each.fooled.sum()) for each in examples)
-    if fooling < FEWEST_EXAMPLES:
-        raise ValueError(
-            f"An Inspector needs at least {FEWEST_EXAMPLES} images that fool the classifier, got {fooling}."
+    def run(self, regulator: Regulator | None) -> Fitted:
+        plan, splits = self.plan, self.splits
+        self.check_calibration()
+        attacks = [attack(text) for text in plan.attacks]
+        layer = self.layer  # a name that is not there is told before anything is computed
+        examples = tuple(self.crafted(each, splits.fit, plan.examples, "fit") for each in attacks)
+        fooling = sum(int(each.fooled.sum()) for each in examples)
+        if fooling < FEWEST_EXAMPLES:
+            raise ValueError(
+                f"An Inspector needs at least {FEWEST_EXAMPLES} images that fool the classifier, got {fooling}."
+            )
+        validation = tuple(
+            self.crafted(each, splits.validation, plan.validation_examples, "validation") for each in attacks
         )
-    training = _training_plan(classifier, splits.fit.images, plan, device)
-    pairs = [(each.x, each.x_adv) for each in examples]
-    trained = fit_regulator(
-        plan.regulator_config(classifier.image_shape),
-        splits.fit.images,
-        pairs,
-        training,
-        device=device,
-        progress=progress,
-    )
-    inspector, report = _fit_inspector(classifier, trained.regulator, layer, splits.fit, examples, plan, progress)
-    protected = ProtectedClassifier(classifier, trained.regulator, inspector.to(device), float("inf")).eval()
-    scores = run_batched(protected, splits.calibration.images, device).scores
-    protected.threshold.fill_(calibrate(scores, plan.budget))
-    metrics = _measure_clean(protected, splits.test, device)
-    for each in attacks:
-        metrics |= _measure_attack(protected, crafted(each, splits.test, plan.test_examples, "test"), device)
-    return Fitted(protected.cpu(), layer, trained, training, report, examples, metrics)
+        trained: TrainedRegulator | None = None
+        training: TrainingPlan | None = None
+        if regulator is None:
+            trained, training = self.trained(examples)
+            stopping_points = trained.stopping_points
+        else:
+            stopping_points = {0: regulator}
+        selection = self.selected(stopping_points, validation)
+        chosen = stopping_points[selection.chosen.step].to(self.device)
+        chosen.set_strength(selection.chosen.strength)
+        inspector, report = self.inspector(chosen, examples, validation)
+        protected = ProtectedClassifier(self.classifier, chosen, inspector, float("inf")).eval()
+        scores = self.calibrate(protected)
+        measured = [self.crafted(each, splits.test, plan.test_examples, "test") for each in attacks]
+        scenario = ScenarioA(protected, self.device, plan.seed)
+        clean, clean_scores = scenario.clean(*splits.test)
+        rows = tuple(row for each in measured for row in scenario.attacked(each, clean_scores))
+        return Fitted(
+            protected.cpu(),
+            layer,
+            trained,
+            training,
+            selection,
+            report,
+            examples,
+            scores,
+            clean,
+            clean_scores,
+            rows,
+            tuple(measured),
+            {name: seconds for name in self.stages.names() if (seconds := self.stages.seconds(name)) is not None},
+        )
 
+    def check_calibration(self) -> None:
+        """Refuse a budget that the calibration split cannot support, before anything is computed."""
+        targets, budget = self.splits.calibration.targets, self.plan.budget
+        check_budget(len(targets), budget)
+        if self.plan.inspector.thresholds == "class":
+            check_class_budgets(torch.bincount(targets, minlength=self.classifier.classes).tolist(), budget)
 
-def _training_plan(classifier: Classifier, images: Tensor, plan: FitPlan, device: torch.device) -> TrainingPlan:
-    training = TrainingPlan(
-        steps=max(5, round(plan.epochs * len(images) / plan.batch_size)),
-        batch_size=min(plan.batch_size, len(images)),
-        augmentation=Augmentation(flip=plan.flip),
-        seed=plan.seed,
-    )
-    if plan.minutes is None:
-        return training
-    steps = steps_in(plan.regulator_config(classifier.image_shape), training, plan.minutes * 60, device=device)
-    return replace(training, steps=steps)
+    @cached_property
+    def layer(self) -> Layer:
+        name = self.plan.inspector.layer
+        return self.classifier.resolve_layer(name) if name else self.classifier.tap
 
+    def crafted(self, each: Attack, part: LabelledImages, limit: int, purpose: str) -> AdversarialExamples:
+        """Return the examples that are kept of an attack on a part, or make and keep them."""
+        name = f"{purpose} examples, {each.name}"
+        if (kept := self.stages.load(name)) is not None:
+            return AdversarialExamples(each, x=part.images[kept.tensors["rows"]], **kept.tensors)
+        start = time.perf_counter()
+        examples = craft(
+            each,
+            self.classifier,
+            *part,
+            limit=limit,
+            device=self.device,
+            seed=self.plan.seed,
+            progress=lambda done, total: self.progress(f"{each.name} ({purpose})", done, total),
+        )
+        tensors = {field: getattr(examples, field) for field in ("x_adv", "y", "rows", "fooled", "fooled_rounded")}
+        self.stages.save(name, tensors, {"seconds": time.perf_counter() - start})
+        return examples
 
-def _fit_inspector(
-    classifier: Classifier,
-    regulator: Regulator,
-    layer: Layer,
-    fit: LabelledImages,
-    examples: Sequence[AdversarialExamples],
-    plan: FitPlan,
-    progress: Progress,
-) -> tuple[Inspector, InspectorReport]:
-    device = regulator.to_image.weight.device
-    noise_on = torch.ones((), device=device)
+    def trained(self, examples: Sequence[AdversarialExamples]) -> tuple[TrainedRegulator, TrainingPlan]:
+        """Train the Regulator; the number of steps that a time budget holds is settled once."""
+        plan, images = self.plan.regulator, self.splits.fit.images
+        config = plan.config(self.classifier.image_shape)
+        training = plan.training(len(images), self.plan.seed, self.device)
+        if plan.minutes is not None:
+            if (kept := self.stages.load("steps")) is None:
+                steps = steps_in(config, training, plan.minutes * 60, device=self.device)
+                self.stages.save("steps", {}, {"steps": steps})
+            else:
+                steps = kept.values["steps"]
+            training = replace(training, steps=steps)
+        pairs = [(each.x, each.x_adv) for each in examples]
+        trained = fit_regulator(
+            config, images, pairs, training, stages=self.stages, device=self.device, progress=self.progress
+        )
+        return trained, training
 
-    def purified(x: Tensor) -> Tensor:
-        return regulator(x, noise_on)  # type: ignore[no-any-return]
+    def selected(
+        self, stopping_points: Mapping[int, Regulator], validation: Sequence[AdversarialExamples]
+    ) -> Selection:
+        """Choose where the Regulator stops and how strong it is, as far as the plan leaves it open."""
+        plan = self.plan
+        points = dict(stopping_points)
+        if plan.regulator.stop == "last":
+            points = {step: points[step] for step in [max(points)]}
+        if (kept := self.stages.load("selection")) is not None:
+            return Selection.from_json(kept.values["selection"])
+        start = time.perf_counter()
+        selection = select(
+            self.classifier,
+            points,
+            STRENGTHS if plan.strength is None else (plan.strength,),
+            self.splits.validation,
+            validation,
+            plan.accuracy_loss,
+            seed=plan.seed,
+            device=self.device,
+            progress=self.progress,
+        )
+        seconds = time.perf_counter() - start
+        self.stages.save("selection", {}, {"selection": selection.as_json(), "seconds": seconds})
+        return selection
 
-    def activations(x: Tensor) -> Tensor:
-        watched = x if plan.inspects == "raw" else purified(x)
-        return classifier.features(watched, layer.name).flatten(1)
+    def inspector(
+        self,
+        regulator: Regulator,
+        examples: Sequence[AdversarialExamples],
+        validation: Sequence[AdversarialExamples],
+    ) -> tuple[Inspector, InspectorReport]:
+        """Fit the Inspector to what the Regulator leaves."""
+        torch.manual_seed(self.plan.seed)
+        plan, layer, fit = self.plan.inspector, self.layer, self.splits.fit
+        config = InspectorConfig(
+            layer.name,
+            layer.shape,
+            self.classifier.classes,
+            plan.inspects,
+            pool_within(layer.shape, plan.most_features),
+            plan.fusion,
+        )
+        blank = Inspector(replace(config, fusion=False)).eval().to(self.device)
+        protected = ProtectedClassifier(self.classifier, regulator, blank, float("inf")).eval()
 
-    fooling = torch.cat([each.x_adv[each.fooled] for each in examples])
-    predicted = _over(lambda x: classifier(purified(x)).argmax(1), fooling, device)
-    rows = torch.cat([(fit.targets == c).nonzero().flatten()[: plan.negatives] for c in range(classifier.classes)])
-    return fit_inspector(
-        InspectorConfig(layer.name, math.prod(layer.shape), classifier.classes, plan.inspects),
-        lambda images: _over(activations, images, device),
-        (fit.images[rows], fit.targets[rows]),
-        (fooling, predicted),
-        inverse_penalty=plan.inverse_penalty,
-        progress=lambda done, total: progress("inspector", done, total),
-    )
+        def watched(images: Tensor, targets: Tensor) -> Watched:
+            predicted = run_batched(protected, images, self.device).logits.argmax(1)
+            return Watched(images, predicted, predicted == targets)
 
+        def attacked(each: AdversarialExamples) -> Watched:
+            return watched(each.x_adv[each.fooled], each.y[each.fooled])
 
-@torch.no_grad()
-def _over(function: Callable[[Tensor], Tensor], images: Tensor, device: torch.device) -> Tensor:
-    """Apply a function to images, uint8 or float in [0, 1], in batches; gather the results on the CPU."""
-    batches = (batch.to(device) for batch in images.split(128))
-    return torch.cat([function(x.float() / 255 if x.dtype == torch.uint8 else x).cpu() for x in batches])
+        fooling = [each for each in examples if each.fooled.any()]
+        x_adv, y = (torch.cat([getattr(each, name)[each.fooled] for each in fooling]) for name in ("x_adv", "y"))
+        rows = torch.cat([(fit.targets == c).nonzero().flatten()[: plan.negatives] for c in range(config.classes)])
+        return fit_inspector(
+            config,
+            protected.activations,
+            protected.evidence,
+            InspectorExamples(
+                benign=Watched(fit.images[rows], fit.targets[rows], torch.ones(len(rows), dtype=torch.bool)),
+                adversarial=watched(x_adv, y),
+                clean=watched(*self.splits.validation),
+                attacks={each.attack.name: attacked(each) for each in validation if each.fooled.any()},
+            ),
+            INVERSE_PENALTIES if plan.inverse_penalty is None else (plan.inverse_penalty,),
+            surviving=plan.surviving,
+            device=self.device,
+            stages=self.stages,
+            progress=lambda done, total: self.progress("inspector", done, total),
+        )
 
-
-def _measure_clean(protected: ProtectedClassifier, test: LabelledImages, device: torch.device) -> dict[str, float]:
-    output = run_batched(protected, test.images, device)
-    return {
-        "clean_accuracy_undefended": float((output.undefended_logits.argmax(1) == test.targets).float().mean()),
-        "clean_accuracy": float((output.logits.argmax(1) == test.targets).float().mean()),
-        "false_positive_rate": float(output.alerts.float().mean()),
-    }
-
-
-def _measure_attack(
-    protected: ProtectedClassifier, examples: AdversarialExamples, device: torch.device
-) -> dict[str, float]:
-    name, fooled = examples.attack.name, examples.fooled
-    metrics = {f"attack_success_rate.{name}": examples.success_rate}
-    if fooled.any():
-        output = run_batched(protected, examples.x_adv[fooled], device)
-        metrics[f"resistance_rate.{name}"] = float(resisted(output, examples.y[fooled]).float().mean())
-    return metrics
+    def calibrate(self, protected: ProtectedClassifier) -> Tensor:
+        """Set the threshold from the calibration split; return its scores, ascending."""
+        torch.manual_seed(self.plan.seed)
+        plan, classes = self.plan, self.classifier.classes
+        answers = run_batched(protected, self.splits.calibration.images, self.device)
+        if plan.inspector.thresholds == "class":
+            thresholds = calibrate_classes(answers.scores, answers.logits.argmax(1), classes, plan.budget)
+            protected.threshold = torch.tensor(thresholds, device=self.device)
+        else:
+            protected.threshold.fill_(calibrate(answers.scores, plan.budget))
+        return answers.scores.sort().values

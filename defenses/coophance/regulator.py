@@ -1,7 +1,7 @@
 """The Regulator: a nine-stage UNet that purifies images (CoopHANCE, section 3.1, figure 3)."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -9,28 +9,42 @@ from torch import Tensor, nn
 
 from defenses.coophance.confusion import ConfusionLayer
 
-DOWN_STAGES = 4
-
 
 @dataclass(frozen=True)
 class RegulatorConfig:
     """Describe a Regulator's structure and noise.
 
-    ``image_shape`` is (C, H, W). ``channels`` are the widths of the four down stages, ``skip_channels`` those of the
-    skips at full, 1/2, 1/4 and 1/8 resolution, where 0 leaves a skip out. ``training_noise`` and ``inference_noise``
-    are standard deviations of Gaussian noise on the input, for images in [0, 1]. ``alpha`` multiplies the measured
-    fluctuation in the confusion layers; ``confusion`` false makes those layers the identity at inference.
+    ``image_shape`` is (C, H, W). ``channels`` are the widths of the down stages, one halving each (the paper's four),
+    ``skip_channels`` those of the skips at full resolution, 1/2, 1/4 and so on, where 0 leaves a skip out. ``output``
+    says what the network gives: the image itself, behind a sigmoid as published, or what is added to its input
+    (``residual``). ``training_noise`` and ``inference_noise`` are standard deviations of Gaussian noise on the input,
+    for images in [0, 1]. ``alpha`` multiplies the measured fluctuation in the confusion layers; ``confusion`` false
+    makes those layers the identity at inference. ``strength`` in (0, 1] is the share of the purified image in what is
+    returned; the rest is the image as it came. Raises ``ValueError`` for what no network can be built from.
     """
 
     image_shape: tuple[int, int, int]
-    channels: tuple[int, int, int, int] = (16, 32, 64, 128)
-    skip_channels: tuple[int, int, int, int] = (4, 8, 16, 32)
+    channels: tuple[int, ...] = (16, 32, 64, 128)
+    skip_channels: tuple[int, ...] = (4, 8, 16, 32)
     batch_norm: bool = True
     dropout: float = 0.5
+    output: Literal["image", "residual"] = "image"
     training_noise: float = 15 / 255
     inference_noise: float = 0.0
     confusion: bool = True
     alpha: float = 1.0
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.channels or min(self.channels) < 1:
+            raise ValueError(f"Expected at least one stage, each of a channel or more, got channels {self.channels}.")
+        if len(self.skip_channels) != len(self.channels) or min(self.skip_channels) < 0:
+            raise ValueError(
+                f"Expected a skip width of 0 or more for each of the {len(self.channels)} stages, "
+                f"got {self.skip_channels}."
+            )
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"Expected a strength above 0 and at most 1, got {self.strength}.")
 
     @classmethod
     def plain(cls, image_shape: tuple[int, int, int]) -> Self:
@@ -60,9 +74,9 @@ class RegulatorConfig:
 class Regulator(nn.Module):
     """Map an image (N, C, H, W) in [0, 1] to a purified image of the same shape and range.
 
-    Confusion layers stand at the eight positions of figure 3: after each of the four down-samplings and before each
-    of the four up-samplings. Dropout follows stages 4 and 5. Sides that four halvings do not divide are padded at
-    the right and bottom by repeating the edge, and cropped again.
+    Confusion layers stand at the positions of figure 3, eight for four down stages: after each down-sampling and before
+    each up-sampling. Dropout follows the last down stage and the bottleneck. Sides that the halvings do not divide are
+    padded at the right and bottom by repeating the edge, and cropped again.
     """
 
     def __init__(self, config: RegulatorConfig) -> None:
@@ -100,6 +114,8 @@ class Regulator(nn.Module):
             if isinstance(module, nn.Conv2d) and module.bias is not None:
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 nn.init.zeros_(module.bias)
+        if config.output == "residual":
+            nn.init.zeros_(self.to_image.weight)
 
     def set_confusion(self, enabled: bool) -> None:
         """Switch every confusion layer on or off."""
@@ -108,31 +124,43 @@ class Regulator(nn.Module):
 
     @property
     def confusion_layers(self) -> list[ConfusionLayer]:
-        """The eight confusion layers, in the order in which an image passes them."""
+        """The confusion layers, in the order in which an image passes them."""
         return [layer for layer in self.confusion if isinstance(layer, ConfusionLayer)]
+
+    def set_strength(self, strength: float) -> None:
+        """Set the share of the purified image in what is returned, in (0, 1]."""
+        self.config = replace(self.config, strength=strength)
 
     def forward(self, x: Tensor, noise_scale: Tensor) -> Tensor:
         """Return the purified image; ``noise_scale`` is a scalar that multiplies all noise, 0 switching it off."""
         sigma = self.config.training_noise if self.training else self.config.inference_noise
-        if sigma:
-            x = (x + noise_scale * sigma * torch.randn_like(x)).clamp(0, 1)
-        return torch.sigmoid(self.reconstruct(x, noise_scale))
+        noisy = (x + noise_scale * sigma * torch.randn_like(x)).clamp(0, 1) if sigma else x
+        purified = self.finish(noisy, self.reconstruct(noisy, noise_scale))
+        strength = self.config.strength
+        return purified if strength == 1 else x + strength * (purified - x)
+
+    def finish(self, x: Tensor, reconstruction: Tensor) -> Tensor:
+        """Turn what ``reconstruct`` gave for x into an image in [0, 1]."""
+        if self.config.output == "residual":
+            return (x + reconstruction).clamp(0, 1)
+        return torch.sigmoid(reconstruction)
 
     def reconstruct(self, x: Tensor, noise_scale: Tensor) -> Tensor:
-        """Return the purified image before the sigmoid, without input noise."""
+        """Return what the network gives for x without input noise: an image before its sigmoid, or a residual."""
         height, width = self.config.image_shape[1:]
-        pad_height, pad_width = -height % 2**DOWN_STAGES, -width % 2**DOWN_STAGES
+        depth = len(self.down)
+        pad_height, pad_width = -height % 2**depth, -width % 2**depth
         a = F.pad(x, (0, pad_width, 0, pad_height), mode="replicate") if pad_height or pad_width else x
         kept = []
         for index, stage in enumerate(self.down):
             a = stage(a)
-            if index == DOWN_STAGES - 1:
+            if index == depth - 1:
                 a = self.dropout(a)
             kept.append(self.skips[index](a) if self.config.skip_channels[index] else None)
             a = self.confusion[index](F.max_pool2d(a, 2), noise_scale)
         a = self.dropout(self.bottleneck(a))
         for index, (enlarge, stage) in enumerate(zip(self.enlarge, self.up, strict=True)):
-            a = enlarge(self.confusion[DOWN_STAGES + index](a, noise_scale))
+            a = enlarge(self.confusion[depth + index](a, noise_scale))
             skip = kept.pop()
             a = stage(a if skip is None else torch.cat([a, skip], 1))
         a = self.to_image(a)

@@ -3,46 +3,36 @@
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from defenses.coophance.augmentation import Augmentation
-from defenses.coophance.confusion import FluctuationStatistics, measure_fluctuations
+from defenses.coophance.confusion import Fluctuation, measure_fluctuations
 from defenses.coophance.regulator import Regulator, RegulatorConfig
+from defenses.coophance.trainer import Curve, Trainer, TrainingPlan
+from defenses.evaluation import Progress
+from defenses.pixels import to_float
+from defenses.stages import Stages
 
 HANDOVER = 0.6
-"""The share of the epochs after which the sample model's weights are handed to the Regulator."""
+"""The share of the steps after which the sample model's weights are handed to the Regulator."""
 
-Progress = Callable[[str, int, int], None]
-"""Called with a stage's name, the steps done and the steps in all."""
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """Say how long and with what a Regulator is trained.
-
-    ``steps`` counts the sample model's optimiser steps; the Regulator proper takes another 40 % of them.
-    ``learning_rate`` is Adam's, falling to zero along a half cosine over ``steps``.
-    """
-
-    steps: int
-    batch_size: int = 128
-    learning_rate: float = 3e-3
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    seed: int = 0
+STOPPING_POINTS = 4
+"""At how many points of the last 40 % the Regulator is kept, to be chosen from."""
 
 
 @dataclass(frozen=True)
 class TrainedRegulator:
-    """Hold a fitted Regulator (in evaluation mode) with the losses and the statistics it was fitted with."""
+    """Hold the Regulators that a training could stop at, by their step, in evaluation mode and on the CPU.
 
-    regulator: Regulator
-    statistics: list[FluctuationStatistics]
-    sample_loss: float
-    final_loss: float
+    ``fluctuations`` are what the confusion layers imitate, one for each layer, empty without confusion; ``curves`` the
+    training loss over the steps, by stage.
+    """
+
+    stopping_points: dict[int, Regulator]
+    fluctuations: list[Fluctuation]
+    curves: dict[str, Curve]
 
 
 def fit_regulator(
@@ -51,92 +41,88 @@ def fit_regulator(
     pairs: Sequence[tuple[Tensor, Tensor]],
     plan: TrainingPlan,
     *,
+    stages: Stages,
     device: torch.device,
     progress: Progress,
 ) -> TrainedRegulator:
     """Fit a Regulator to purify ``images``, with confusion that imitates the attacks in ``pairs``.
 
-    ``images`` is uint8 (N, C, H, W); ``pairs`` are (x, x_adv) per attack, float in [0, 1]. A sample model is trained
-    for all of the plan's steps; its weights as of 60 % become the Regulator's, the finished sample model gives the
-    fluctuation statistics, and the Regulator trains on for the last 40 % with confusion on. The loss is the binary
-    cross-entropy against the clean image. The global random state is left as it was.
+    ``images`` is uint8 (N, C, H, W); ``pairs`` are (x, x_adv) per attack, uint8 or float in [0, 1]. A sample model is
+    trained for all of the plan's steps; its weights as of 60 % become the Regulator's, the finished sample model gives
+    the fluctuation statistics, and the Regulator trains on for the last 40 % with confusion on. Without confusion there
+    is no sample model. What is done is kept in ``stages``, so that a training that was killed goes on, to the same
+    result. The global random state is left as it was.
     """
-    handover = max(1, round(HANDOVER * plan.steps))
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(plan.seed)
-        sample_model = _build(config, device)
-        sample_model.set_confusion(False)
-        trainer = _Trainer(sample_model, images, plan, device)
-        trainer.run(0, handover, lambda done: progress("sample model", done, plan.steps))
-        kept = copy.deepcopy((sample_model.state_dict(), trainer.optimizer.state_dict()))
-        sample_loss = trainer.run(handover, plan.steps, lambda done: progress("sample model", done, plan.steps))
-
-        sample_model.eval()
-        batches = _batches(pairs, plan.batch_size, device, lambda done, of: progress("statistics", done, of))
-        statistics = measure_fluctuations(sample_model, sample_model.confusion_layers, batches)
-
-        regulator = _build(config, device)
-        regulator.load_state_dict(kept[0])
-        regulator.set_confusion(True)
-        for layer, statistic in zip(regulator.confusion_layers, statistics, strict=True):
-            layer.set_statistics(statistic.mean, statistic.standard_deviation)
-        trainer = _Trainer(regulator, images, plan, device)
-        trainer.optimizer.load_state_dict(kept[1])
-        rest = plan.steps - handover
-        final_loss = trainer.run(handover, plan.steps, lambda done: progress("regulator", done - handover, rest))
-    regulator.set_confusion(config.confusion)
-    return TrainedRegulator(regulator.eval(), statistics, sample_loss, final_loss)
+        trainer = Trainer(config, images, plan, device)
+        handover = max(1, round(HANDOVER * plan.steps))
+        first = "sample model" if plan.confusion else "regulator"
+        trainer.run("handover", handover, stages, lambda step: progress(first, step, plan.steps))
+        curves: dict[str, Curve] = {}
+        fluctuations: list[Fluctuation] = []
+        if plan.confusion:
+            state, curve = trainer.state(), list(trainer.curve)
+            trainer.run("sample model", plan.steps, stages, lambda step: progress(first, step, plan.steps))
+            curves["sample model"] = trainer.curve
+            fluctuations = _fluctuations(trainer.average, pairs, plan.batch_size, stages, device, progress)
+            trainer.restore(state)
+            trainer.curve = curve
+            trainer.confuse(fluctuations)
+        stopping_points = {}
+        for step in _stopping_points(handover, plan.steps):
+            trainer.run(f"regulator, step {step}", step, stages, lambda step: progress("regulator", step, plan.steps))
+            regulator = copy.deepcopy(trainer.average)
+            regulator.set_confusion(config.confusion)
+            stopping_points[step] = regulator.cpu().eval()
+        curves["regulator"] = trainer.curve
+    return TrainedRegulator(stopping_points, fluctuations, curves)
 
 
 def steps_in(config: RegulatorConfig, plan: TrainingPlan, seconds: float, *, device: torch.device) -> int:
-    """Return how many plan steps a budget of training time holds, by timing a few on this machine.
+    """Return how many steps of the plan a budget of training time holds, by timing a few on this machine.
 
-    The Regulator proper repeats the last 40 %, so a plan of s steps costs 1.4 s optimiser steps.
+    With confusion a plan of s steps costs 1.4 s optimiser steps: the sample model and the Regulator each take the last
+    40 %.
     """
     images = torch.randint(0, 256, (4 * plan.batch_size, *config.image_shape), dtype=torch.uint8)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        trainer = _Trainer(_build(config, device), images, plan, device)
-        trainer.run(0, 3, lambda _: None)
+        trainer = Trainer(config, images, replace(plan, steps=100), device)
+        for _ in range(3):
+            float(trainer.advance())
         start = time.perf_counter()
-        trainer.run(3, 13, lambda _: None)
+        for _ in range(10):
+            float(trainer.advance())
         cost = (time.perf_counter() - start) / 10
-    return max(5, int(seconds / cost / (2 - HANDOVER)))
+    repeated = 2 - HANDOVER if plan.confusion else 1
+    return max(5, int(seconds / cost / repeated))
 
 
-def _build(config: RegulatorConfig, device: torch.device) -> Regulator:
-    return Regulator(config).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+def _stopping_points(handover: int, steps: int) -> list[int]:
+    rest = steps - handover
+    return sorted({handover + round(rest * point / STOPPING_POINTS) for point in range(1, STOPPING_POINTS + 1)})
 
 
-class _Trainer:
-    def __init__(self, model: Regulator, images: Tensor, plan: TrainingPlan, device: torch.device) -> None:
-        self.model = model
-        self.images = images
-        self.plan = plan
-        self.device = device
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=plan.learning_rate)
-        self.generator = torch.Generator().manual_seed(plan.seed)
-
-    def run(self, first: int, last: int, done: Callable[[int], None]) -> float:
-        """Take the steps ``first`` to ``last`` of the schedule; return the mean loss of the last 50."""
-        plan, noise_on = self.plan, torch.ones((), device=self.device)
-        self.model.train()
-        recent: list[Tensor] = []
-        for step in range(first, last):
-            for group in self.optimizer.param_groups:
-                cosine = torch.cos(torch.tensor(torch.pi * step / plan.steps)).item()
-                group["lr"] = plan.learning_rate * 0.5 * (1 + cosine)
-            chosen = torch.randint(len(self.images), (plan.batch_size,), generator=self.generator)
-            x = self.images[chosen].to(self.device).float() / 255
-            x = plan.augmentation(x, self.generator).contiguous(memory_format=torch.channels_last)
-            noisy = (x + self.model.config.training_noise * torch.randn_like(x)).clamp(0, 1)
-            loss = F.binary_cross_entropy_with_logits(self.model.reconstruct(noisy, noise_on), x)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
-            recent = [*recent[-49:], loss.detach()]
-            done(step + 1)
-        return float(torch.stack(recent).mean()) if recent else float("nan")
+def _fluctuations(
+    sample_model: Regulator,
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    batch_size: int,
+    stages: Stages,
+    device: torch.device,
+    progress: Progress,
+) -> list[Fluctuation]:
+    layers = sample_model.confusion_layers
+    if (kept := stages.load("statistics")) is not None:
+        columns = ([kept.tensors[f"{name}.{index}"] for index in range(len(layers))] for name in Fluctuation._fields)
+        return [Fluctuation(*each) for each in zip(*columns, strict=True)]
+    start = time.perf_counter()
+    batches = _batches(pairs, batch_size, device, lambda done, of: progress("statistics", done, of))
+    measured = measure_fluctuations(sample_model, layers, batches)
+    tensors = {
+        f"{name}.{index}": value for index, each in enumerate(measured) for name, value in each._asdict().items()
+    }
+    stages.save("statistics", tensors, {"seconds": time.perf_counter() - start})
+    return measured
 
 
 def _batches(
@@ -146,6 +132,6 @@ def _batches(
     seen = 0
     for x, x_adv in pairs:
         for clean, adversarial in zip(x.split(size), x_adv.split(size), strict=True):
-            yield clean.to(device), adversarial.to(device)
+            yield to_float(clean.to(device)), to_float(adversarial.to(device))
             seen += len(clean)
             done(seen, total)

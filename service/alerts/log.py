@@ -128,4 +128,6 @@ def _conditions(filters: AlertFilter) -> list[ColumnElement[bool]]:
         conditions.append(alerts.c.created < filters.until)
     if filters.minimum_score is not None:
         conditions.append(alerts.c.score >= filters.minimum_score)
+    if filters.maximum_p_value is not None:
+        conditions.append(alerts.c.p_value <= filters.maximum_p_value)
     return conditions

@@ -43,6 +43,7 @@ def _in_utc(moment: datetime) -> datetime:
 Text = Annotated[str, Field(max_length=512), AfterValidator(_storable)]
 Moment = Annotated[AwareDatetime, AfterValidator(_in_utc)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
+PValue = Annotated[FiniteFloat, Field(gt=0, le=1)]
 
 
 def input_suffix(media_type: str) -> str:
@@ -61,8 +62,9 @@ class Alert(_Frozen):
     """One alerted image.
 
     Every value is checked here, since a value that the database refuses could never be written:
-    pydantic.ValidationError (a ValueError) is raised for a score or threshold that is not finite, a naive time,
-    a negative or oversized integer, a text above 512 characters or with NUL or lone surrogates, an unknown media type.
+    pydantic.ValidationError (a ValueError) is raised for a score or threshold that is not finite, a p-value outside
+    (0, 1], a naive time, a negative or oversized integer, a text above 512 characters or with NUL or lone surrogates,
+    an unknown media type.
     """
 
     id: Annotated[str, AfterValidator(check_alert_id)]
@@ -77,6 +79,7 @@ class Alert(_Frozen):
     undefended_class_index: Count | None = Field(default=None, description="The bare classifier's answer, if known.")
     score: FiniteFloat
     threshold: FiniteFloat
+    p_value: PValue | None = Field(default=None, description="Of the score, where the version can tell.")
     mode: Mode
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="Of the input as received.")]
     media_type: Annotated[str, AfterValidator(_supported)]
@@ -105,6 +108,7 @@ class AlertFilter(_Frozen):
     since: Moment | None = None
     until: Moment | None = None
     minimum_score: FiniteFloat | None = None
+    maximum_p_value: PValue | None = None
 
 
 class AlertPage(_Frozen):

@@ -54,6 +54,7 @@ alerts = Table(
     Column("sha256", String(64), nullable=False),
     Column("image_kept", Boolean, nullable=False),
     Column("status", Text, nullable=False),
+    Column("p_value", Double, nullable=True),
     Index(None, "model", "seq"),
     Index(None, "label", "seq"),
     Index(None, "client", "seq"),

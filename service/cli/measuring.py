@@ -1,79 +1,162 @@
-"""Commands that measure what a gateway does."""
+"""Commands that measure what a defense does."""
 
 import json
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
+from model_store import DataRecord, Manifest, Store, parse_reference
 from service.cli.common import (
     DataOption,
     DataRootOption,
     JsonOption,
     SeedOption,
     StoreOption,
+    command_line,
     failures_told,
     open_models,
     read_dataset,
 )
 
+if TYPE_CHECKING:
+    from defenses.evaluation import Progress
+    from service.datasets import Dataset
+    from service.evaluate import Report
+    from service.hardware import DeviceName
+    from service.scenario_a import ScenarioAPlan, ScenarioAReport
+
+    Read = Callable[[Manifest, DataRecord | None], Dataset]
+
+THROUGH_HTTP = ("fgsm", "pgd-stop")
+"""The attacks that a gateway is measured with unless told otherwise; few examples of the others survive rounding."""
+
 
 def evaluate(
-    name: Annotated[str, typer.Argument(help="The model, as the gateway calls it.")],
+    name: Annotated[
+        str, typer.Argument(help="The model, as NAME or NAME@VERSION; with --url as the gateway calls it.")
+    ],
     data: DataOption,
-    url: Annotated[str, typer.Option(help="A running gateway that serves this store.")] = "http://127.0.0.1:8000",
-    attack: Annotated[
-        list[str] | None, typer.Option(help="Attack with this; repeat for several.", show_default="fgsm and pgd-stop")
+    url: Annotated[
+        str | None, typer.Option(help="Measure the running gateway there, which serves this store, through HTTP.")
     ] = None,
-    clean: Annotated[bool, typer.Option("--clean", help="Send clean images only.")] = False,
-    limit: Annotated[int, typer.Option(help="Images of each kind.", min=1)] = 300,
+    attack: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Attack with this; repeat for several.",
+            show_default="fgsm, pgd-stop, deepfool and cw; with --url fgsm and pgd-stop",
+        ),
+    ] = None,
+    clean: Annotated[bool, typer.Option("--clean", help="Measure on clean images only.")] = False,
+    limit: Annotated[int, typer.Option(help="Images attempted per attack; with --url also clean ones.", min=1)] = 300,
     seed: SeedOption = 0,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute, without --url.")] = "auto",
+    confusion: Annotated[
+        bool | None, typer.Option(help="Switch the confusion layers, without --url.", show_default="as published")
+    ] = None,
+    noise: Annotated[bool, typer.Option(help="Leave the defense's noise on, without --url.")] = True,
     data_root: DataRootOption = Path("var/data"),
     store: StoreOption = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the JSON into this file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Send clean and adversarial test images to a running gateway and count what comes back.
+    """Attack a defense and count what it resists: a published version, or with --url a running gateway.
 
-    The test images are those of the split that the model was fitted with; --seed orders them.
+    The attacks are crafted on the bare classifier (scenario A), from the test split of the data that the defense was
+    fitted on; --seed orders the images.
     """
     with failures_told():
-        from defenses.classifier import Classifier
-        from service.client import Client
-        from service.evaluate import Report, measure
-        from service.fit import find_classifier
         from service.progress import progress_bars
-        from service.served import GRAPH
-        from service.tables import report_table
+        from service.scenario_a import ScenarioAPlan
+        from service.tables import report_table, scenario_a_tables
 
-        client = Client(url)
+        if output and not output.absolute().parent.is_dir():
+            raise FileNotFoundError(f"There is no folder {output.absolute().parent} to write {output.name} into.")
+        if url and (device != "auto" or confusion is not None or not noise):
+            raise ValueError(
+                "--device, --confusion and --noise are for a measurement without --url: a gateway has its own."
+            )
+        chosen = () if clean else tuple(attack or (THROUGH_HTTP if url else ScenarioAPlan.attacks))
+        plan = ScenarioAPlan(chosen, limit, seed, confusion, noise)
+        models = open_models(store)
+        with progress_bars(shown=not as_json) as progress:
+
+            def read(input_of: Manifest, fitted_on: DataRecord | None) -> "Dataset":
+                split_seed = fitted_on.split_seed if fitted_on else seed
+                dataset = read_dataset(data, input_of, split_seed, data_root, progress)
+                if fitted_on and fitted_on.digest != dataset.digest:
+                    _warn_of_other_images(name, fitted_on.digest, dataset.digest)
+                return dataset
+
+            shown: RenderableType
+            if url:
+                through_http = _measure_gateway(url, models, name, plan, read, progress)
+                values, shown = through_http.as_json(), report_table(through_http)
+            else:
+                offline = _measure_version(models, name, plan, device, read, progress)
+                values, shown = offline.as_json(), scenario_a_tables(offline)
+        text = json.dumps(values, indent=2)
+        if output:
+            output.write_text(text + "\n")
+        if as_json:
+            typer.echo(text)
+        else:
+            Console().print(shown)
+
+
+def _measure_version(
+    models: Store, name: str, plan: "ScenarioAPlan", device: "DeviceName", read: "Read", progress: "Progress"
+) -> "ScenarioAReport":
+    from service.hardware import find_device
+    from service.scenario_a import load_defended, measure_scenario_a
+
+    found = find_device(device)
+    fetched, protected = load_defended(models, *parse_reference(name))
+    dataset = read(fetched.manifest, fetched.manifest.data)
+    return measure_scenario_a(
+        fetched, protected, dataset, plan, device=found, progress=progress, command=command_line()
+    )
+
+
+def _measure_gateway(
+    url: str, models: Store, name: str, plan: "ScenarioAPlan", read: "Read", progress: "Progress"
+) -> "Report":
+    from defenses.classifier import Classifier
+    from service.client import Client
+    from service.evaluate import Report, measure
+    from service.fit import find_classifier
+    from service.served import GRAPH
+
+    if parse_reference(name)[1] is not None:
+        raise ValueError(
+            f"Expected a name without a version, since the gateway at {url} has its own in service, got {name}."
+        )
+    with closing(Client(url)) as client:
         served = client.served(name)
         if served.mode == "shadow":
             raise ValueError(f"{name} is served in shadow mode, in which clients are told nothing that can be counted.")
-        models = open_models(store)
         bare = find_classifier(models, name, served.version)
-        fitted_on = models.manifest(name, served.version).data
-        with progress_bars(shown=not as_json) as progress:
-            split_seed = fitted_on.split_seed if fitted_on else seed
-            dataset = read_dataset(data, bare.manifest, split_seed, data_root, progress)
-            if fitted_on and fitted_on.digest != dataset.digest:
-                typer.echo(
-                    f"portcullis: {name} was fitted on other images than these (digest {fitted_on.digest[:12]}, not "
-                    f"{dataset.digest[:12]}), so that some of these may have been fitted on.",
-                    err=True,
-                )
-            measured = measure(
-                client,
-                name,
-                Classifier.load(bare.folder / GRAPH).eval(),
-                dataset.test,
-                attacks=[] if clean else attack or ["fgsm", "pgd-stop"],
-                limit=limit,
-                seed=seed,
-                progress=progress,
-            )
-        report = Report.of(name, served, measured)
-        if as_json:
-            typer.echo(json.dumps(report.as_json(), indent=2))
-        else:
-            Console().print(report_table(report))
+        test = read(bare.manifest, models.manifest(name, served.version).data).test
+        classifier = Classifier.load(bare.folder / GRAPH).eval()
+        measured = measure(
+            client,
+            name,
+            classifier,
+            test,
+            attacks=plan.attacks,
+            limit=plan.limit,
+            seed=plan.seed,
+            progress=progress,
+        )
+    return Report.of(name, served, measured)
+
+
+def _warn_of_other_images(name: str, fitted_on: str, found: str) -> None:
+    typer.echo(
+        f"portcullis: {name} was fitted on other images than these (digest {fitted_on[:12]}, not {found[:12]}), so "
+        "that some of these may have been fitted on.",
+        err=True,
+    )

@@ -98,12 +98,18 @@ def models(store: StoreOption = None, as_json: JsonOption = False) -> None:
                 str(row["version"]),
                 row["kind"],
                 "yes" if row["serving"] else "",
-                "" if row["threshold"] is None else f"{row['threshold']:.3f}",
+                _threshold(row["threshold"]),
                 "" if accuracy is None else f"{100 * accuracy:.2f} %",
                 row["created"],
             )
         Console().print(table)
         raise typer.Exit(int(unreadable))
+
+
+def _threshold(value: float | list[float] | None) -> str:
+    if isinstance(value, list):
+        return f"{min(value):.3f} to {max(value):.3f}, by class"
+    return "" if value is None else f"{value:.3f}"
 
 
 def verify(

@@ -18,6 +18,7 @@ from service.datasets.errors import DatasetTooLarge, ImagesRefused, LabelsMismat
 from service.datasets.sources import Item, open_sources
 from service.datasets.splits import split_items
 from service.images import ImageRefused, decode_pixels, render_pixels
+from service.resources import memory_available
 
 MAX_PIXELS = 100_000_000
 CHUNK = 64
@@ -40,6 +41,7 @@ class Dataset:
     digest: str
     labels: tuple[str, ...]
     fit: Split
+    validation: Split
     calibration: Split
     test: Split
     split_seed: int
@@ -59,7 +61,7 @@ def load_dataset(
 
     `sources` is one folder, or one or more zips, read in place, or "digits" (scikit-learn's, 8x8 grey), or
     "torchvision:NAME", downloaded to `root`. Files lie in <class>/<image>, or in train/<class>/<image> with test/ or
-    val/ beside it; of the two test/ is the test split, and all else is fitted and calibrated on. A part that is alone
+    val/ beside it; of the two test/ is held out, and all else is fitted on. A part that is alone
     is split like a plain folder. Folders around everything are passed through, hidden files passed over. `split_items`
     says how images are split. `limit` is the most images per split, evenly over the classes.
 
@@ -77,9 +79,9 @@ def load_dataset(
         ordered = _match_labels(collection.labels, labels)
         parts = split_items(collection.items, ordered, split_seed, limit)
         _check_memory(sum(map(len, parts)), spec)
-        fit, calibration, test = (_empty_split(items, ordered, spec) for items in parts)
-        digests = _decode(parts, (fit, calibration, test), spec, progress)
-    return Dataset(collection.name, _digest(digests), ordered, fit, calibration, test, split_seed)
+        fit, validation, calibration, test = splits = [_empty_split(items, ordered, spec) for items in parts]
+        digests = _decode(parts, splits, spec, progress)
+    return Dataset(collection.name, _digest(digests), ordered, fit, validation, calibration, test, split_seed)
 
 
 def _match_labels(found: tuple[str, ...], labels: Sequence[str] | None) -> tuple[str, ...]:
@@ -92,23 +94,9 @@ def _match_labels(found: tuple[str, ...], labels: Sequence[str] | None) -> tuple
 
 def _check_memory(count: int, spec: InputSpec) -> None:
     needed = count * int(np.prod(spec.shape, dtype=np.int64))
-    available = _memory_available()
+    available = memory_available()
     if available is not None and needed > available:
         raise DatasetTooLarge(count, needed, available)
-
-
-def _memory_available() -> int | None:
-    """Tell the bytes left on this machine and in the control group of this process; None where it is unknown."""
-    left = []
-    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-    if meminfo.exists():
-        left += [int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if "MemAvailable" in line]
-    limit = group / "memory.max"
-    if limit.exists() and (most := limit.read_text().strip()) != "max":
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
-        left.append(int(most) - used)
-    return min(left, default=None)
 
 
 def _empty_split(items: Sequence[Item], labels: Sequence[str], spec: InputSpec) -> Split:

@@ -1,8 +1,9 @@
-"""Which images fit a defense, calibrate its threshold and test it."""
+"""Which images a defense is fitted, chosen, calibrated and tested on."""
 
 import math
 from collections.abc import Sequence
 from itertools import zip_longest
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,15 +13,23 @@ from service.datasets.sources import Item
 MIN_CALIBRATION = 20
 
 
-def split_items(
-    items: Sequence[Item], labels: Sequence[str], seed: int, limit: int | None
-) -> tuple[list[Item], list[Item], list[Item]]:
-    """Split images into fit, calibration and test; disjoint, stratified by class, the same for the same seed.
+class Items(NamedTuple):
+    """The images of each split; none is in two."""
 
-    Where there is a test part it is the test split, and 10 % of the other images calibrate. Otherwise 70 % fit, 15 %
-    calibrate and 15 % test. Calibration gets at least 20 images in all, enough for a quantile at 5 %, as long as the
-    classes have them: it never takes more than an equal share of a small class. The classes take turns within each
-    split, and `limit` keeps the first images of each.
+    fit: list[Item]
+    validation: list[Item]
+    calibration: list[Item]
+    test: list[Item]
+
+
+def split_items(items: Sequence[Item], labels: Sequence[str], seed: int, limit: int | None) -> Items:
+    """Split images to fit, validate, calibrate and test on; stratified by class, the same for the same seed.
+
+    Where there is a test part, 20 % of it validate, 20 % calibrate and 60 % test, and all the other images fit: a
+    classifier is surer of images that it was trained on, so that a threshold set on those alerts too often on others.
+    Otherwise 10 % validate, 15 % calibrate, 15 % test and the rest fit. Calibration gets at least 20 images in all,
+    enough for a quantile at 5 %, as long as the classes have them: it never takes more than an equal share of a small
+    class. The classes take turns within each split, and `limit` keeps the first images of each.
 
     Raises SingleClass, and ClassTooSmall where a class would be missing from a split.
     """
@@ -31,21 +40,36 @@ def split_items(
     for item in sorted(items, key=lambda item: item.name):
         (held_out if item.part == "test" else by_class)[item.label].append(item)
     has_test = any(item.part == "test" for item in items)
-    draws, share = (2, 0.10) if has_test else (3, 0.15)
-    _check_sizes(by_class, draws, "to fit and calibrate on" if has_test else "to be split")
     if has_test:
-        _check_sizes(held_out, 1, "to test on")
+        _check_sizes(by_class, 1, "to fit on")
+        _check_sizes(held_out, 3, "to validate, calibrate and test on")
+    else:
+        _check_sizes(by_class, 4, "to be split")
 
-    fit, calibration, test = [], [], []
+    turns: list[list[list[Item]]] = [[] for _ in Items._fields]
     for position, label in enumerate(by_class):
         generator = np.random.default_rng([seed, position])
-        members = _shuffled(by_class[label], generator)
-        floor = min(math.ceil(MIN_CALIBRATION / len(labels)), len(members) // draws)
+        members, others = _shuffled(by_class[label], generator), _shuffled(held_out[label], generator)
+        if has_test:
+            parts = [members, *_cut(others, (0.2, 0.2), len(labels))]
+        else:
+            validation, calibration, test, fit = _cut(members, (0.1, 0.15, 0.15), len(labels))
+            parts = [fit, validation, calibration, test]
+        for turn, part in zip(turns, parts, strict=True):
+            turn.append(part)
+    return Items(*(_in_turns(turn)[:limit] for turn in turns))
+
+
+def _cut(members: list[Item], shares: Sequence[float], classes: int) -> list[list[Item]]:
+    """Cut off a share of a class for each of ``shares``, the second being calibration's, and return the rest last."""
+    least = [1] * len(shares)
+    least[1] = max(1, min(math.ceil(MIN_CALIBRATION / classes), len(members) // (len(shares) + 1)))
+    parts, start = [], 0
+    for share, floor in zip(shares, least, strict=True):
         size = max(round(share * len(members)), floor)
-        calibration.append(members[:size])
-        test.append(_shuffled(held_out[label], generator) if has_test else members[size : 2 * size])
-        fit.append(members[size if has_test else 2 * size :])
-    return _in_turns(fit)[:limit], _in_turns(calibration)[:limit], _in_turns(test)[:limit]
+        parts.append(members[start : start + size])
+        start += size
+    return [*parts, members[start:]]
 
 
 def _check_sizes(by_class: dict[str, list[Item]], least: int, part: str) -> None:

@@ -104,7 +104,7 @@ def _samples(measured: list[Measured]) -> Table:
     for heading in ("input", "true", "bare answer", "protected answer", "verdict"):
         table.add_column(heading)
     for kind in measured:
-        for row in range(4):
+        for row in range(min(4, len(kind.targets))):
             told = kind.told
             verdict = "alert" if told.alerted[row] else "accepted"
             answers = (kind.targets[row], kind.bare[row], told.class_index[row])
@@ -136,7 +136,7 @@ def _what_to_try(url: str, image: Path) -> str:
 
 def _verdict(report: Report, console: Console) -> int:
     false_positives = report.clean.false_positive_rate
-    least = min(row.resisted for row in report.attacks)
+    least = min(row.resisted or 0.0 for row in report.attacks)
     if false_positives <= WORST_FALSE_POSITIVE_RATE and least >= LEAST_RESISTANCE:
         return 0
     console.print(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from defenses.coophance import FitPlan
+from defenses.coophance import FitPlan, RegulatorPlan
 from defenses.evaluation import Progress
 from model_store import SERVING, InputSpec, Store
 from service.datasets import Split, load_dataset
@@ -24,9 +24,7 @@ PLAN = FitPlan(
     attacks=ATTACKS,
     examples=600,
     test_examples=120,
-    epochs=8,
-    batch_size=64,
-    flip=False,
+    regulator=RegulatorPlan(epochs=8, batch_size=64, flip=False),
     seed=SEED,
 )
 

@@ -83,6 +83,7 @@ def _predictions(decision: Decision, served: ServedModel, gateway: Gateway) -> l
     tells_label = discloses(disclosure, "label")
     tells_probabilities = discloses(disclosure, "probabilities")
     scores = decision.scores if discloses(disclosure, "score") else None
+    p_values = decision.p_values if discloses(disclosure, "p_value") else None
     bare = decision.undefended_class_index if discloses(disclosure, "undefended_class_index") else None
     predictions = []
     for row, verdict in enumerate(decision.verdicts):
@@ -96,6 +97,7 @@ def _predictions(decision: Decision, served: ServedModel, gateway: Gateway) -> l
                 verdict=verdict,
                 alert_id=decision.alert_ids[row],
                 score=None if scores is None or verdict == "undefended" else float(scores[row]),
+                p_value=None if p_values is None or verdict == "undefended" else float(p_values[row]),
                 undefended_label=None if bare is None else labels[bare[row]],
             )
         )

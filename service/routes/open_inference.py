@@ -70,6 +70,7 @@ async def model_metadata(gateway: GatewayOf, model: str, version: str | None = N
         "logits": ("FP32", [classes]),
         "probabilities": ("FP32", [classes]),
         "score": ("FP32", []),
+        "p_value": ("FP32", []),
         "undefended_class_index": ("INT64", []),
         "purified": ("FP32", list(shape)),
     }
@@ -157,6 +158,7 @@ def _values(decision: Decision, name: OutputName) -> np.ndarray | list[str]:
         "logits": decision.logits,
         "probabilities": decision.probabilities,
         "score": decision.scores,
+        "p_value": None if decision.p_values is None else decision.p_values.astype(np.float32),
         "undefended_class_index": decision.undefended_class_index,
         "purified": decision.purified,
     }

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from defenses.coophance import Regulator, RegulatorConfig
+from defenses.coophance import Fluctuation, Regulator, RegulatorConfig
 
 ON, OFF = torch.ones(()), torch.zeros(())
 FORMS = {"batch-norm": RegulatorConfig, "plain": RegulatorConfig.plain}
@@ -39,7 +39,7 @@ def test_eight_confusion_layers_stand_after_down_samplings_and_before_up_samplin
 def test_confusion_disturbs_only_when_it_is_on():
     regulator = Regulator(RegulatorConfig((3, 32, 32))).eval()
     for layer in regulator.confusion_layers:
-        layer.set_statistics(torch.zeros_like(layer.mu), torch.ones_like(layer.sigma))
+        layer.imitate(Fluctuation(torch.zeros_like(layer.mu), torch.ones_like(layer.sigma)))
     x = torch.rand(2, 3, 32, 32)
     assert torch.equal(regulator(x, OFF), regulator(x, OFF))
     assert not torch.equal(regulator(x, ON), regulator(x, ON))
@@ -58,3 +58,42 @@ def test_input_noise_stays_on_at_inference_where_the_form_says_so():
 def test_configuration_survives_json():
     config = RegulatorConfig.plain((1, 28, 28))
     assert RegulatorConfig.from_json(config.as_json()) == config
+
+
+def test_a_residual_network_leaves_the_image_as_it_is_until_it_is_trained():
+    regulator = Regulator(RegulatorConfig((3, 32, 32), output="residual")).eval()
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(regulator(x, ON), x)
+    torch.nn.init.constant_(regulator.to_image.bias, 2.0)
+    assert torch.equal(regulator(x, ON), torch.ones_like(x))
+
+
+def test_strength_is_the_share_of_the_purified_image():
+    regulator = Regulator(RegulatorConfig((3, 32, 32))).eval()
+    x = torch.rand(2, 3, 32, 32)
+    purified = regulator(x, ON)
+    regulator.set_strength(0.25)
+    torch.testing.assert_close(regulator(x, ON), 0.75 * x + 0.25 * purified)
+    assert regulator.config.strength == 0.25
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_depth_and_widths_are_free(depth):
+    config = RegulatorConfig((3, 40, 32), channels=(4,) * depth, skip_channels=(0,) + (2,) * (depth - 1))
+    regulator = Regulator(config).eval()
+    assert regulator(torch.rand(2, 3, 40, 32), ON).shape == (2, 3, 40, 32)
+    assert len(regulator.confusion_layers) == 2 * depth
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"channels": ()}, "at least one stage"),
+        ({"channels": (4, 0), "skip_channels": (1, 1)}, "at least one stage, each of a channel or more"),
+        ({"skip_channels": (1, 2)}, "a skip width of 0 or more for each of the 4 stages, got \\(1, 2\\)"),
+        ({"strength": 0.0}, "a strength above 0 and at most 1, got 0.0"),
+    ],
+)
+def test_structures_that_cannot_be_built_are_refused(wrong, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        RegulatorConfig((3, 32, 32), **wrong)

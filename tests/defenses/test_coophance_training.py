@@ -1,11 +1,15 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from defenses.coophance import Augmentation, RegulatorConfig, TrainingPlan, fit_regulator, steps_in
+from defenses.coophance import Augmentation, RegulatorConfig, TrainedRegulator, TrainingPlan, fit_regulator, steps_in
+from defenses.coophance.trainer import Trainer
+from defenses.stages import Stages
 
-CONFIG = RegulatorConfig((1, 16, 16), channels=(4, 4, 8, 8), skip_channels=(1, 2, 2, 4), dropout=0.0)
+CONFIG = RegulatorConfig((1, 16, 16), channels=(4, 4, 8, 8), skip_channels=(1, 2, 2, 4), dropout=0.1)
+RESIDUAL = RegulatorConfig((1, 16, 16), channels=(4, 8), skip_channels=(2, 4), output="residual")
 CPU = torch.device("cpu")
 
 
@@ -19,54 +23,149 @@ def squares(count: int = 64) -> torch.Tensor:
 
 
 def pairs() -> list[tuple[torch.Tensor, torch.Tensor]]:
-    x = squares(16).float() / 255
-    return [(x, (x + 0.1).clamp(0, 1))]
+    x = squares(16)
+    return [(x, (x.float() / 255 + 0.1).clamp(0, 1))]
 
 
-def fit(steps: int = 30, seed: int = 0):
-    stages = []
-    plan = TrainingPlan(steps, batch_size=16, learning_rate=5e-3, seed=seed, augmentation=Augmentation(flip=False))
-    fitted = fit_regulator(CONFIG, squares(), pairs(), plan, device=CPU, progress=lambda *report: stages.append(report))
-    return fitted, stages
+def plan(steps: int = 30, **changes) -> TrainingPlan:
+    given = {"batch_size": 16, "learning_rate": 5e-3, "augmentation": Augmentation(flip=False), **changes}
+    return TrainingPlan(steps, **given)
 
 
-def test_training_brings_the_loss_down_and_sets_the_statistics():
-    short, _ = fit(steps=5)
-    long, stages = fit(steps=150)
-    assert long.final_loss < 0.5 * short.final_loss
-    for layer, statistics in zip(long.regulator.confusion_layers, long.statistics, strict=True):
-        torch.testing.assert_close(layer.mu, statistics.mean)
-        torch.testing.assert_close(layer.sigma, statistics.standard_deviation)
+def fit(folder: Path, config: RegulatorConfig = CONFIG, progress=lambda *report: None, **changes) -> TrainedRegulator:
+    stages = Stages(folder)
+    return fit_regulator(config, squares(), pairs(), plan(**changes), stages=stages, device=CPU, progress=progress)
+
+
+def weights(trained: TrainedRegulator) -> dict[str, torch.Tensor]:
+    return {
+        f"{step}.{name}": value
+        for step, regulator in trained.stopping_points.items()
+        for name, value in regulator.state_dict().items()
+    }
+
+
+def assert_same(first: TrainedRegulator, second: TrainedRegulator) -> None:
+    left, right = weights(first), weights(second)
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]), name
+
+
+@pytest.mark.parametrize("config", [CONFIG, RESIDUAL])
+def test_training_brings_the_loss_down_and_sets_the_statistics(tmp_path, config):
+    reports = []
+    trained = fit(tmp_path, config, steps=160, progress=lambda *report: reports.append(report))
+    for curve in trained.curves.values():
+        assert curve[-1][1] < 0.8 * curve[0][1]
+        assert curve[-1][0] == 160
+    regulator = trained.stopping_points[160]
+    for layer, fluctuation in zip(regulator.confusion_layers, trained.fluctuations, strict=True):
+        torch.testing.assert_close(layer.mu, fluctuation.mean)
+        torch.testing.assert_close(layer.sigma, fluctuation.standard_deviation)
         assert layer.enabled
         assert layer.sigma.max() > 0
-    assert ("sample model", 150, 150) in stages
-    assert ("statistics", 16, 16) in stages
-    assert stages[-1] == ("regulator", 60, 60)
+    assert ("sample model", 160, 160) in reports
+    assert ("statistics", 16, 16) in reports
+    assert reports[-1] == ("regulator", 160, 160)
 
 
-def test_the_regulator_trains_only_the_last_forty_per_cent():
-    _, stages = fit(steps=30)
-    assert [done for stage, done, _ in stages if stage == "regulator"] == list(range(1, 13))
+def test_the_regulator_trains_only_the_last_forty_per_cent_and_may_stop_at_four_points(tmp_path):
+    reports = []
+    trained = fit(tmp_path, steps=30, progress=lambda *report: reports.append(report))
+    assert [done for stage, done, _ in reports if stage == "regulator"] == list(range(19, 31))
+    assert list(trained.stopping_points) == [21, 24, 27, 30]
 
 
-def test_same_seed_same_result_and_the_global_random_state_is_left_alone():
+def test_without_confusion_there_is_no_sample_model(tmp_path):
+    reports = []
+    trained = fit(tmp_path, steps=30, confusion=False, progress=lambda *report: reports.append(report))
+    assert {stage for stage, _, _ in reports} == {"regulator"}
+    assert trained.fluctuations == []
+    assert all(layer.sigma.max() == 0 for layer in trained.stopping_points[30].confusion_layers)
+
+
+def test_same_seed_same_result_and_the_global_random_state_is_left_alone(tmp_path):
     torch.manual_seed(42)
     before = torch.get_rng_state()
-    first, _ = fit(steps=10)
+    first = fit(tmp_path / "a", steps=10)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(7)
-    second, _ = fit(steps=10)
-    third, _ = fit(steps=10, seed=1)
-    for name, value in first.regulator.state_dict().items():
-        assert torch.equal(value, second.regulator.state_dict()[name]), name
-    assert not torch.equal(first.regulator.to_image.weight, third.regulator.to_image.weight)
+    assert_same(first, fit(tmp_path / "b", steps=10))
+    other = fit(tmp_path / "c", steps=10, seed=1)
+    assert not torch.equal(weights(first)["10.to_image.weight"], weights(other)["10.to_image.weight"])
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing of ours catches it."""
+
+
+@pytest.mark.parametrize("confusion", [True, False])
+def test_a_training_that_was_killed_again_and_again_comes_to_the_same(tmp_path, monkeypatch, confusion):
+    monkeypatch.setattr("defenses.coophance.trainer.KEEP_EVERY", 0.0)
+    monkeypatch.setattr("defenses.coophance.trainer.POINT_EVERY", 3)
+    whole = fit(tmp_path / "whole", steps=30, confusion=confusion)
+    taken: list[int] = []
+
+    def dying(stage: str, done: int, total: int) -> None:
+        taken.append(done)
+        if len(taken) % 5 == 0:
+            raise Killed
+
+    kills = 0
+    while True:
+        try:
+            resumed = fit(tmp_path / "killed", steps=30, confusion=confusion, progress=dying)
+            break
+        except Killed:
+            kills += 1
+    assert kills >= 5
+    assert len(taken) < 30 * 3  # what was kept was not done again from the start
+    assert_same(whole, resumed)
+    assert whole.curves == resumed.curves
+
+
+def test_a_finished_training_is_not_done_again(tmp_path):
+    first = fit(tmp_path, steps=10)
+    reports = []
+    assert_same(first, fit(tmp_path, steps=10, progress=lambda *report: reports.append(report)))
+    assert reports == []
+
+
+def test_reduced_precision_trains_to_about_the_same_loss(tmp_path):
+    exact = fit(tmp_path / "a", steps=60, confusion=False)
+    reduced = fit(tmp_path / "b", steps=60, confusion=False, precision="bfloat16")
+    assert reduced.curves["regulator"][-1][1] == pytest.approx(exact.curves["regulator"][-1][1], rel=0.1)
+    assert all(value.dtype in (torch.float32, torch.int64) for value in weights(reduced).values())
+
+
+def test_the_average_of_the_weights_follows_them():
+    trainer = Trainer(CONFIG, squares(), plan(averaging=0.0), CPU)
+    trainer.advance()
+    for average, value in zip(trainer.average.parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(average, value)
+    slow = Trainer(CONFIG, squares(), plan(steps=40, averaging=0.999), CPU)
+    for _ in range(40):
+        slow.advance()
+    apart = [
+        float((a - b).detach().abs().max())
+        for a, b in zip(slow.average.parameters(), slow.model.parameters(), strict=True)
+    ]
+    assert 0 < max(apart) < 0.2
+
+
+@pytest.mark.parametrize(("schedule", "last"), [("cosine", 0.0), ("constant", 5e-3)])
+def test_the_learning_rate_follows_its_schedule(schedule, last):
+    trainer = Trainer(CONFIG, squares(), plan(steps=400, schedule=schedule), CPU)
+    trainer.step = 399
+    trainer.advance()
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(last, abs=1e-6)
 
 
 def test_a_time_budget_buys_steps_in_proportion():
-    plan = TrainingPlan(steps=1, batch_size=16)
-    few, many = (steps_in(CONFIG, plan, seconds, device=CPU) for seconds in (1.0, 20.0))
+    few, many = (steps_in(CONFIG, plan(steps=1), seconds, device=CPU) for seconds in (1.0, 20.0))
     assert few < many
-    assert steps_in(CONFIG, plan, 0.0, device=CPU) == 5
+    assert steps_in(CONFIG, plan(steps=1), 0.0, device=CPU) == 5
 
 
 def test_augmentation_without_amplitude_is_the_identity():

@@ -1,5 +1,8 @@
 """The spine in torch, its checkpoint, and the one ONNX graph that it becomes."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -11,7 +14,8 @@ from torch import nn
 from defenses.architectures import cifar_resnet
 from defenses.checkpoint import CheckpointUnreadable, load_protected, save_protected
 from defenses.classifier import Classifier
-from defenses.coophance import Inspector, InspectorConfig, Regulator, RegulatorConfig
+from defenses.coophance import Fluctuation, Inspector, InspectorConfig, Regulator, RegulatorConfig
+from defenses.detector import Evidence
 from defenses.onnx_export import ExportBroken, check_export, export_protected, save_graph
 from defenses.onnx_import import canonicalise
 from defenses.onnx_trace import export_classifier
@@ -23,20 +27,37 @@ SHAPE = (3, 32, 32)
 
 @pytest.fixture(scope="module")
 def classifier(randomised) -> Classifier:
-    torch.manual_seed(0)
-    return Classifier(export_classifier(randomised(cifar_resnet(8)), SHAPE)).eval()
+    network = randomised(cifar_resnet(8))
+    with torch.no_grad():
+        network.linear.bias -= network(various(64)).mean(0)
+    return Classifier(export_classifier(network, SHAPE)).eval()
 
 
-def protect(classifier: Classifier, *, inspects="raw", config: RegulatorConfig | None = None) -> ProtectedClassifier:
+def various(count: int) -> torch.Tensor:
+    """Return images of many colours, which the classifier gives many classes."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(count, *SHAPE, generator=generator) * torch.rand(count, 3, 1, 1, generator=generator)
+
+
+def protect(
+    classifier: Classifier,
+    *,
+    config: RegulatorConfig | None = None,
+    threshold: float | list[float] = 0.1,
+    **inspects: Any,
+) -> ProtectedClassifier:
     torch.manual_seed(1)
     regulator = Regulator(config or RegulatorConfig(SHAPE))
     for layer in regulator.confusion_layers:
-        layer.set_statistics(torch.rand_like(layer.mu), torch.rand_like(layer.sigma))
-    features = int(np.prod(classifier.tap.shape))
-    inspector = Inspector(InspectorConfig(classifier.tap.name, features, classifier.classes, inspects))
+        layer.imitate(Fluctuation(torch.rand_like(layer.mu), torch.rand_like(layer.sigma)))
+    tap = classifier.tap
+    inspector = Inspector(replace(InspectorConfig(tap.name, tap.shape, classifier.classes), **inspects))
     nn.init.normal_(inspector.weight, std=0.01)
     nn.init.normal_(inspector.bias)
-    return ProtectedClassifier(classifier, regulator, inspector, 0.1).eval()
+    if inspector.fusion is not None:
+        nn.init.normal_(inspector.fusion.linear)
+        nn.init.normal_(inspector.fusion.quadratic, std=0.1)
+    return ProtectedClassifier(classifier, regulator, inspector, threshold).eval()
 
 
 def run(graph: onnx.ModelProto, x: torch.Tensor, *, quiet: bool) -> dict[str, np.ndarray]:
@@ -53,7 +74,9 @@ def test_output_composes_purifier_classifier_and_detector(classifier, inspects):
     output = protected(x, OFF)
     purified = protected.purifier(x, OFF)
     watched = x if inspects == "raw" else purified
-    scores = protected.detector(classifier.features(watched, classifier.tap.name), output.logits)
+    distance = (purified - x).flatten(1).norm(dim=1)
+    activations = classifier.features(watched, classifier.tap.name)
+    scores = protected.detector(*Evidence(activations, classifier(purified), classifier(x), distance))
     torch.testing.assert_close(output.purified, purified)
     torch.testing.assert_close(output.logits, classifier(purified))
     torch.testing.assert_close(output.undefended_logits, classifier(x))
@@ -62,17 +85,62 @@ def test_output_composes_purifier_classifier_and_detector(classifier, inspects):
     assert output.alerts.any() or scores.max() <= 0.1
 
 
-def test_a_protected_classifier_can_be_attacked_through(classifier):
-    x = torch.rand(2, *SHAPE, requires_grad=True)
-    protect(classifier)(x).logits.sum().backward()
-    assert x.grad is not None
-    assert x.grad.abs().max() > 0
-
-
 @pytest.mark.parametrize("inspects", ["raw", "purified"])
-@pytest.mark.parametrize("form", [RegulatorConfig, RegulatorConfig.plain])
-def test_graph_equals_torch_with_the_noise_off(classifier, inspects, form):
-    protected = protect(classifier, inspects=inspects, config=form(SHAPE))
+def test_the_detector_is_shown_what_both_passes_leave(classifier, inspects):
+    protected = protect(classifier, config=RegulatorConfig(SHAPE, confusion=False), inspects=inspects)
+    x = torch.rand(5, *SHAPE)
+    evidence, output = protected.evidence(x), protected(x)
+    torch.testing.assert_close(evidence.logits, output.logits)
+    torch.testing.assert_close(evidence.undefended_logits, output.undefended_logits)
+    torch.testing.assert_close(evidence.distance, (output.purified - x).square().sum((1, 2, 3)).sqrt())
+    torch.testing.assert_close(protected.activations(x), evidence.activations)
+    torch.testing.assert_close(protected.detector(*evidence), output.scores)
+    assert evidence.activations.shape == (5, *classifier.tap.shape)
+
+
+def test_a_score_is_held_against_the_threshold_of_the_class_that_is_answered(classifier):
+    x = various(64)
+    # A fresh residual Regulator changes nothing, so that the answers are as various as the bare ones.
+    config = RegulatorConfig(SHAPE, output="residual", confusion=False)
+    with torch.no_grad():
+        scores = protect(classifier, config=config, fusion=True)(x, OFF).scores
+        low, high = scores.quantile(0.25).item(), scores.quantile(0.75).item()
+        thresholds = [low if index % 2 else high for index in range(classifier.classes)]
+        protected = protect(classifier, config=config, fusion=True, threshold=thresholds)
+        output = protected(x, OFF)
+    answered = output.logits.argmax(1)
+    assert output.alerts.tolist() == [
+        bool(score > thresholds[c]) for score, c in zip(output.scores, answered, strict=True)
+    ]
+    between = (output.scores > low) & (output.scores <= high)
+    assert 0 < output.alerts[between].sum() < between.sum(), "the same scores are alerted or not, by class"
+    values = run(export_protected(protected), x, quiet=True)
+    assert values["class_index"].tolist() == answered.tolist()
+    assert values["alert"].tolist() == output.alerts.tolist()
+
+
+@pytest.mark.parametrize("fusion", [False, True])
+def test_a_protected_classifier_can_be_attacked_through(classifier, fusion):
+    protected = protect(classifier, fusion=fusion)
+    for goal in ("logits", "scores"):
+        x = torch.rand(2, *SHAPE, requires_grad=True)
+        getattr(protected(x), goal).sum().backward()
+        assert x.grad is not None
+        assert torch.isfinite(x.grad).all()
+        assert x.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("form", "inspects"),
+    [
+        (RegulatorConfig, {"inspects": "raw"}),
+        (RegulatorConfig, {"inspects": "purified", "fusion": True}),
+        (RegulatorConfig.plain, {"inspects": "raw", "fusion": True, "pool": 4}),
+        (RegulatorConfig.plain, {"inspects": "purified", "pool": 3}),
+    ],
+)
+def test_graph_equals_torch_with_the_noise_off(classifier, form, inspects):
+    protected = protect(classifier, config=form(SHAPE), **inspects)
     graph = export_protected(protected)
     for batch in (1, 7):
         x = torch.rand(batch, *SHAPE)
@@ -154,14 +222,18 @@ def test_a_graph_that_computes_something_else_is_refused(classifier):
         check_export(graph, protected, torch.rand(3, *SHAPE))
 
 
-def test_checkpoint_gives_back_the_same_defense(classifier, tmp_path):
-    protected = protect(classifier, config=RegulatorConfig.plain(SHAPE))
+@pytest.mark.parametrize("threshold", [0.1, [0.25 * index - 1 for index in range(10)]])
+def test_checkpoint_gives_back_the_same_defense(classifier, tmp_path, threshold):
+    protected = protect(classifier, config=RegulatorConfig.plain(SHAPE), threshold=threshold, fusion=True, pool=2)
     save_protected(protected, tmp_path / "checkpoint")
     loaded = load_protected(classifier, tmp_path / "checkpoint")
     x = torch.rand(3, *SHAPE)
     for ours, theirs in zip(loaded(x, OFF), protected(x, OFF), strict=True):
         assert torch.equal(ours, theirs)
     assert loaded.purifier.config == protected.purifier.config
+    assert loaded.detector.config == protected.detector.config
+    assert torch.equal(loaded.threshold, protected.threshold)
+    assert loaded.threshold.tolist() == pytest.approx(threshold)
     assert [layer.sigma.sum() for layer in loaded.purifier.confusion_layers] == [
         layer.sigma.sum() for layer in protected.purifier.confusion_layers
     ]

@@ -7,7 +7,18 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-FITTING = {"torch", "torchvision", "foolbox", "scikit-learn", "safetensors", "onnxscript"}
+FITTING = {
+    "filelock",
+    "foolbox",
+    "jinja2",
+    "matplotlib",
+    "onnxscript",
+    "safetensors",
+    "scikit-learn",
+    "scipy",
+    "torch",
+    "torchvision",
+}
 
 
 @pytest.fixture

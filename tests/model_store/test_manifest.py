@@ -102,6 +102,41 @@ def test_an_unknown_field_or_a_value_out_of_its_range_is_refused(draft: Draft, c
         Manifest.model_validate(fields | changes)
 
 
+@pytest.mark.parametrize("threshold", [None, -1.5, (0.5, -2.0, 0.0, 1e-9)])
+def test_a_threshold_is_none_or_one_or_one_for_each_label(draft: Draft, threshold: float | tuple[float, ...]) -> None:
+    values = draft.model_dump() | {"threshold": list(threshold) if isinstance(threshold, tuple) else threshold}
+    manifest = Manifest.of(Draft.model_validate(values), "cifar10", 3, CREATED, FILES)
+    again = Manifest.model_validate_json(manifest.to_json())
+    assert again == manifest
+    assert again.threshold == threshold
+    expected = threshold if isinstance(threshold, tuple) else (threshold,) * 4
+    assert tuple(again.threshold_of(index) for index in range(4)) == expected
+
+
+@pytest.mark.parametrize(
+    ("threshold", "sentence"),
+    [
+        ((0.5,) * 3, "a threshold for each label should be 4 numbers, but they are 3"),
+        ((0.5,) * 5, "a threshold for each label should be 4 numbers, but they are 5"),
+        ((), "at least 1 item"),
+        ((0.5, 0.5, math.nan, 0.5), "finite number"),
+        ((0.5, 0.5, None, 0.5), "valid number"),
+        ([[0.5] * 4], "valid number"),
+        ({"plane": 0.5}, "valid number"),
+    ],
+)
+def test_thresholds_that_fit_no_labels_or_are_no_numbers_are_refused(
+    draft: Draft, threshold: Any, sentence: str
+) -> None:
+    with pytest.raises(ValidationError, match=sentence):
+        Draft.model_validate(draft.model_dump() | {"threshold": threshold})
+
+
+def test_a_regulator_has_no_thresholds(draft: Draft) -> None:
+    with pytest.raises(ValidationError, match="at least 1 item"):
+        Draft.model_validate(draft.model_dump() | {"kind": "regulator", "labels": (), "threshold": ()})
+
+
 def test_a_regulator_needs_no_labels(draft: Draft) -> None:
     regulator = Draft.model_validate(draft.model_dump() | {"kind": "regulator", "labels": ()})
     assert regulator.labels == ()

@@ -27,13 +27,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from torch import nn
 
 from defenses.classifier import Classifier
-from defenses.coophance import Inspector, InspectorConfig, Regulator, RegulatorConfig
+from defenses.coophance import Fluctuation, Inspector, InspectorConfig, Regulator, RegulatorConfig
 from defenses.onnx_export import export_protected, save_graph
 from defenses.onnx_import import canonicalise
 from defenses.onnx_trace import export_classifier
 from defenses.protected import ProtectedClassifier
 from model_store import SERVING, Draft, FalsePositiveRate, InputSpec, Manifest, Store
 from service.app import create_app
+from service.p_values import CALIBRATION, write_scores
 from service.settings import Settings
 
 SHAPE = (1, 16, 16)
@@ -201,7 +202,7 @@ def protected() -> ProtectedClassifier:
         regulator.to_image.weight.data *= gain
         regulator.to_image.bias.data = (regulator.to_image.bias - grey.mean()) * gain
         for confusion in regulator.confusion_layers:
-            confusion.set_statistics(torch.zeros_like(confusion.mu), torch.full_like(confusion.sigma, 0.2))
+            confusion.imitate(Fluctuation(torch.zeros_like(confusion.mu), torch.full_like(confusion.sigma, 0.2)))
         # Every class is the answer to some image of every kind: the head does not see what tells the kinds apart.
         seen = torch.cat([layers[:5](sample), layers[:5](regulator(sample, quiet))])
         kinds = torch.stack([features.mean(0) for features in seen.split(64)])
@@ -210,7 +211,7 @@ def protected() -> ProtectedClassifier:
         layers[5].bias.data -= layers[5](seen).mean(0)
     classifier = Classifier(canonicalise(export_classifier(layers, SHAPE))).eval()
     layer = next(layer for layer in classifier.layers() if layer.operator == "Relu")
-    inspector = Inspector(InspectorConfig(layer.name, int(np.prod(layer.shape)), len(LABELS))).eval()
+    inspector = Inspector(InspectorConfig(layer.name, layer.shape, len(LABELS))).eval()
     brightness = torch.zeros(len(LABELS), *layer.shape)
     brightness[:, 0] = 10 / 64
     inspector.weight.data, inspector.bias.data = brightness.flatten(1), torch.full((len(LABELS),), -5.0)
@@ -279,11 +280,21 @@ def _thirds(image: str, brightness: str) -> str:
 
 
 def publish(
-    root: Path, name: str, graph: onnx.ModelProto, *, kind: str = "coophance", labels: Sequence[str] = LABELS
+    root: Path,
+    name: str,
+    graph: onnx.ModelProto,
+    *,
+    kind: str = "coophance",
+    labels: Sequence[str] = LABELS,
+    threshold: float | Sequence[float] = 0.0,
+    calibration: np.ndarray | None = None,
 ) -> Manifest:
-    """Publish a graph as the next version of a model of the store at ``root`` and let it serve."""
+    """Publish a graph as the next version of a model of the store at ``root`` and let it serve.
+
+    ``calibration`` are the scores of its calibration images, kept with the version where there are any.
+    """
     defended: dict[str, Any] = {
-        "threshold": 0.0,
+        "threshold": threshold,
         "false_positive_rate": FalsePositiveRate(budget=0.05, calibrated_on=100, realised=0.04, evaluated_on=100),
     }
     draft = Draft(
@@ -296,6 +307,8 @@ def publish(
     store = Store.open(root / "models")
     with tempfile.TemporaryDirectory() as folder:
         save_graph(graph, Path(folder) / "model.onnx")
+        if calibration is not None:
+            write_scores(calibration, Path(folder) / CALIBRATION)
         manifest = store.publish(name, draft, Path(folder))
     store.set_alias(name, SERVING, manifest.version)
     return manifest
@@ -308,13 +321,38 @@ def protected_graph(protected: ProtectedClassifier) -> onnx.ModelProto:
 
 
 @pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory, protected, protected_graph) -> Path:
-    """The models ``digits`` (version 1 bare, 2 protected and serving), ``bare``, ``fragile`` and ``slow``."""
+def published() -> Callable[..., Manifest]:
+    """Publish a graph and let it serve: ``published(root, "digits", graph, threshold=0.5)``."""
+    return publish
+
+
+@pytest.fixture(scope="session")
+def fragile_graph() -> onnx.ModelProto:
+    """The handmade graph, which two pixels of an image can make fail; the score is the brightness less 0.5."""
+    return handmade_graph()
+
+
+@pytest.fixture(scope="session")
+def calibration_scores(protected: ProtectedClassifier) -> np.ndarray:
+    """The scores (99,) that the protected classifier gives accepted images, its noise off."""
+    x = torch.from_numpy(images(0, 76, 99, seed=99)).float() / 255
+    with torch.no_grad():
+        return protected(x, torch.zeros(())).scores.numpy()
+
+
+@pytest.fixture(scope="session")
+def store(
+    tmp_path_factory: pytest.TempPathFactory, protected, protected_graph, calibration_scores, fragile_graph
+) -> Path:
+    """The models ``digits`` (version 1 bare, 2 protected and serving), ``bare``, ``fragile`` and ``slow``.
+
+    Version 2 of ``digits`` alone holds the scores of calibration images.
+    """
     root = tmp_path_factory.mktemp("gateway") / "store"
     publish(root, "digits", protected.classifier.model, kind="classifier")
-    publish(root, "digits", protected_graph)
+    publish(root, "digits", protected_graph, calibration=calibration_scores)
     publish(root, "bare", protected.classifier.model, kind="classifier")
-    publish(root, "fragile", handmade_graph(), labels=THIRDS)
+    publish(root, "fragile", fragile_graph, labels=THIRDS)
     publish(root, "slow", handmade_graph(work=16), labels=THIRDS)
     return root
 

@@ -84,8 +84,8 @@ def load(
     return load_dataset(sources, spec, labels=labels, split_seed=seed, **options)
 
 
-def splits(dataset: Dataset) -> tuple[Split, Split, Split]:
-    return dataset.fit, dataset.calibration, dataset.test
+def splits(dataset: Dataset) -> tuple[Split, ...]:
+    return dataset.fit, dataset.validation, dataset.calibration, dataset.test
 
 
 def counts(dataset: Dataset) -> list[list[int]]:
@@ -96,12 +96,12 @@ def names(dataset: Dataset) -> list[str]:
     return [name for split in splits(dataset) for name in split.names]
 
 
-def test_a_folder_is_split_70_15_15_by_class(tmp_path: Path) -> None:
+def test_a_folder_is_split_60_10_15_15_by_class(tmp_path: Path) -> None:
     dataset = load(write_folder(tmp_path / "pets", pictures(["dog", "cat"], 100)))
     assert dataset.name == "pets"
     assert dataset.labels == ("cat", "dog")
     assert dataset.split_seed == 0
-    assert counts(dataset) == [[70, 70], [15, 15], [15, 15]]
+    assert counts(dataset) == [[60, 60], [10, 10], [15, 15], [15, 15]]
     assert len(set(names(dataset))) == 200
 
 
@@ -117,12 +117,13 @@ def test_every_image_has_the_pixels_target_and_name_of_its_file(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("held_out", ["test", "val"])
-def test_a_test_part_is_the_test_split_and_a_tenth_of_train_calibrates(tmp_path: Path, held_out: str) -> None:
-    files = pictures(["a", "b"], 200, "train/") | pictures(["a", "b"], 7, f"{held_out}/", seed=50_000)
+def test_a_part_held_out_validates_calibrates_and_tests(tmp_path: Path, held_out: str) -> None:
+    files = pictures(["a", "b"], 30, "train/") | pictures(["a", "b"], 100, f"{held_out}/", seed=50_000)
     dataset = load(write_folder(tmp_path, files))
-    assert counts(dataset) == [[180, 180], [20, 20], [7, 7]]
-    assert all(name.startswith(f"{held_out}/") for name in dataset.test.names)
-    assert all(name.startswith("train/") for name in dataset.fit.names + dataset.calibration.names)
+    assert counts(dataset) == [[30, 30], [20, 20], [20, 20], [60, 60]]
+    assert all(name.startswith("train/") for name in dataset.fit.names)
+    for split in splits(dataset)[1:]:
+        assert all(name.startswith(f"{held_out}/") for name in split.names)
 
 
 def test_beside_a_test_part_val_is_fitted_on_as_train_is(tmp_path: Path) -> None:
@@ -130,7 +131,7 @@ def test_beside_a_test_part_val_is_fitted_on_as_train_is(tmp_path: Path) -> None
     for number, part in enumerate(("train", "val", "test")):
         files |= pictures(["a", "b"], 50, f"{part}/", seed=10_000 * number)
     dataset = load(write_folder(tmp_path, files))
-    assert counts(dataset) == [[90, 90], [10, 10], [50, 50]]
+    assert counts(dataset) == [[100, 100], [10, 10], [10, 10], [30, 30]]
     assert {name.split("/")[0] for name in dataset.fit.names} == {"train", "val"}
     assert {name.split("/")[0] for name in dataset.test.names} == {"test"}
 
@@ -139,13 +140,18 @@ def test_beside_a_test_part_val_is_fitted_on_as_train_is(tmp_path: Path) -> None
 def test_a_part_that_is_alone_is_split_like_a_plain_folder(tmp_path: Path, part: str) -> None:
     dataset = load(write_zip(tmp_path / "x.zip", pictures(["a", "b"], 100, f"{part}/")))
     assert dataset.labels == ("a", "b")
-    assert counts(dataset) == [[70, 70], [15, 15], [15, 15]]
+    assert counts(dataset) == [[60, 60], [10, 10], [15, 15], [15, 15]]
 
 
 def test_small_sets_calibrate_on_twenty_where_the_classes_have_them(tmp_path: Path) -> None:
-    assert counts(load(write_folder(tmp_path / "a", pictures(["a", "b"], 40)))) == [[20] * 2, [10] * 2, [10] * 2]
-    assert counts(load(write_folder(tmp_path / "b", pictures(["a", "b"], 6)))) == [[2] * 2, [2] * 2, [2] * 2]
-    assert counts(load(write_folder(tmp_path / "c", pictures(["a", "b"], 3)))) == [[1] * 2, [1] * 2, [1] * 2]
+    assert counts(load(write_folder(tmp_path / "a", pictures(["a", "b"], 40)))) == [
+        [20] * 2,
+        [4] * 2,
+        [10] * 2,
+        [6] * 2,
+    ]
+    assert counts(load(write_folder(tmp_path / "b", pictures(["a", "b"], 8)))) == [[4] * 2, [1] * 2, [2] * 2, [1] * 2]
+    assert counts(load(write_folder(tmp_path / "c", pictures(["a", "b"], 4)))) == [[1] * 2, [1] * 2, [1] * 2, [1] * 2]
 
 
 def test_zips_are_read_together_and_as_the_folder_they_were_made_of(tmp_path: Path) -> None:
@@ -227,7 +233,7 @@ def test_the_digest_is_that_of_the_contents_and_names(tmp_path: Path) -> None:
 def test_a_limit_holds_for_every_split_and_keeps_the_classes_even(tmp_path: Path) -> None:
     source = write_folder(tmp_path, pictures(["a", "b"], 40) | pictures(["c"], 400, seed=9000))
     whole, limited = load(source), load(source, limit=9)
-    assert counts(limited) == [[3, 3, 3]] * 3
+    assert counts(limited) == [[3, 3, 3]] * 4
     for some, every in zip(splits(limited), splits(whole), strict=True):
         assert some.names == every.names[:9]
     assert limited.digest != whole.digest
@@ -263,7 +269,7 @@ def test_the_classifiers_labels_give_the_order(tmp_path: Path) -> None:
 def test_labels_that_are_but_numbers_stand_for_any_names(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "a", pictures(["x", "y"], 10))
     assert load(source, labels=["0", "1"]).labels == ("x", "y")
-    numbered = write_folder(tmp_path / "b", pictures([str(label) for label in range(11)], 3))
+    numbered = write_folder(tmp_path / "b", pictures([str(label) for label in range(11)], 4))
     assert load(numbered, labels=[str(label) for label in range(11)]).labels == tuple(map(str, range(11)))
 
 
@@ -420,13 +426,13 @@ def test_an_encrypted_zip_is_told_by_file(tmp_path: Path) -> None:
 
 def test_classes_too_small_to_split_are_named(tmp_path: Path) -> None:
     plain = write_folder(tmp_path / "plain", pictures(["a"], 10) | pictures(["b"], 2, seed=50_000))
-    with pytest.raises(ClassTooSmall, match=r"at least 3 image\(s\) to be split, but these have fewer: b \(2\)"):
+    with pytest.raises(ClassTooSmall, match=r"at least 4 image\(s\) to be split, but these have fewer: b \(2\)"):
         load(plain)
     files = pictures(["a", "b"], 10, "train/") | pictures(["a"], 10, "test/", seed=50_000)
-    with pytest.raises(ClassTooSmall, match=r"at least 1 image\(s\) to test on, but these have fewer: b \(0\)"):
+    with pytest.raises(ClassTooSmall, match=r"to validate, calibrate and test on, but these have fewer: b \(0\)"):
         load(write_folder(tmp_path / "untested", files))
     files = pictures(["a", "b"], 10, "test/") | pictures(["a"], 10, "train/", seed=50_000)
-    with pytest.raises(ClassTooSmall, match=r"to fit and calibrate on, but these have fewer: b \(0\)") as caught:
+    with pytest.raises(ClassTooSmall, match=r"to fit on, but these have fewer: b \(0\)") as caught:
         load(write_folder(tmp_path / "untrained", files))
     assert caught.value.counts == {"b": 0}
 
@@ -492,7 +498,7 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 def test_a_torchvision_data_set_with_a_train_flag(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     written = {}
-    for part, prefix, count in (("train", "train", 50), ("test", "t10k", 20)):
+    for part, prefix, count in (("train", "train", 50), ("test", "t10k", 50)):
         images = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
         targets = (np.arange(count) % 10).astype(np.uint8)
         write_idx(tmp_path / "FashionMNIST" / "raw" / f"{prefix}-images-idx3-ubyte", images)
@@ -500,7 +506,7 @@ def test_a_torchvision_data_set_with_a_train_flag(tmp_path: Path) -> None:
         written[part] = images
     dataset = load("torchvision:FashionMNIST", spec=InputSpec(shape=(1, 28, 28), mode="L"), root=tmp_path)
     assert dataset.labels[:2] == ("T-shirt/top", "Trouser")
-    assert counts(dataset) == [[3] * 10, [2] * 10, [2] * 10]
+    assert counts(dataset) == [[5] * 10, [1] * 10, [1] * 10, [3] * 10]
     for split in splits(dataset):
         for image, target, name in zip(split.images, split.targets, split.names, strict=True):
             part, index = name.split("/")
@@ -524,7 +530,7 @@ def test_a_torchvision_data_set_with_a_split(tmp_path: Path) -> None:
     spec = SPEC.model_copy(update={"resize": "bilinear"})
     dataset = load("torchvision:GTSRB", spec=spec, root=tmp_path, labels=["0", "1"])
     assert dataset.labels == ("0", "1")
-    assert counts(dataset) == [[3, 3], [3, 3], [6, 6]]
+    assert counts(dataset) == [[6, 6], [1, 1], [2, 2], [3, 3]]
 
 
 @pytest.mark.usefixtures("torchvision_loads")
@@ -549,7 +555,7 @@ def test_cifar10_in_place() -> None:
     dataset = load(str(PUBLISHED / "cifar10" / "test.zip"), spec=spec)
     assert dataset.name == "test"
     assert dataset.labels[:3] == ("airplane", "automobile", "bird")
-    assert [len(split.images) for split in splits(dataset)] == [6978, 1495, 1495]
+    assert [len(split.images) for split in splits(dataset)] == [5981, 997, 1495, 1495]
     with ZipFile(PUBLISHED / "cifar10" / "test.zip") as archive:
         for image, name in list(zip(dataset.test.images, dataset.test.names, strict=True))[:100]:
             with archive.open(name) as file:
@@ -561,6 +567,6 @@ def test_photographs_in_train_and_val(tmp_path: Path) -> None:
     spec = InputSpec(shape=(3, 64, 64), mode="RGB", resize="bilinear")
     sources = [shutil.copy(PUBLISHED / "monkeys10" / f"{part}.zip", tmp_path) for part in ("train", "val")]
     dataset = load(*map(str, sources), spec=spec, labels=[f"n{index}" for index in reversed(range(10))])
-    assert [len(split.images) for split in splits(dataset)] == [987, 108, 272]
+    assert [len(split.images) for split in splits(dataset)] == [1095, 54, 54, 164]
     assert dataset.labels[0] == "n9"
     assert all(name.startswith("val/") for name in dataset.test.names)

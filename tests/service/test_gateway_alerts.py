@@ -25,6 +25,7 @@ async def test_a_row_states_the_facts_of_its_request(gateway, store, dark, brigh
         created = datetime.fromisoformat(row.pop("created"))
         assert before <= created <= datetime.now(UTC)
         assert created.utcoffset() == timedelta(0)
+        assert prediction["p_value"] == 0.01, "above all of the 99 calibration images"
         assert row == {
             "id": prediction["alert_id"],
             "seq": row["index"],
@@ -38,6 +39,7 @@ async def test_a_row_states_the_facts_of_its_request(gateway, store, dark, brigh
             "undefended_class_index": ["zero", "one", "two", "three"].index(prediction["undefended_label"]),
             "score": prediction["score"],
             "threshold": Store.open(store / "models").manifest("digits", 2).threshold,
+            "p_value": prediction["p_value"],
             "mode": "flag",
             "sha256": hashlib.sha256(file).hexdigest(),
             "media_type": media_type,
@@ -136,6 +138,8 @@ async def test_alerts_are_found_by_every_filter(gateway, bright, file_of):
         await visitor.alerts(0, status="closed")
         scores = sorted(row["score"] for row in digits)
         await visitor.alerts(1, model="digits", minimum_score=scores[-1])
+        assert {row["model"] for row in await visitor.alerts(3, maximum_p_value=0.01)} == {"digits"}
+        await visitor.alerts(0, maximum_p_value=0.009)
         second = rows[-2]["created"]
         assert {row["created"] for row in await visitor.alerts(3, since=second)} == {row["created"] for row in rows[:3]}
         assert [row["created"] for row in await visitor.alerts(1, until=second)] == [rows[-1]["created"]]

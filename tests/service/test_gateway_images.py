@@ -34,7 +34,7 @@ async def test_an_image_as_the_body_gets_its_prediction_with_every_field(visitor
         assert (body["model"], body["version"]) == ("digits", "2")
         (prediction,) = body["predictions"]
         assert set(prediction) == {
-            *("label", "class_index", "probabilities", "verdict", "alert_id", "score", "undefended_label"),
+            *("label", "class_index", "probabilities", "verdict", "alert_id", "score", "p_value", "undefended_label"),
         }
         assert prediction["verdict"] == verdict
         assert prediction["class_index"] == expected.logits[0].argmax()
@@ -107,7 +107,8 @@ async def test_a_classifier_without_a_defense_says_undefended(visitor, dark, bri
     for prediction in predictions:
         assert prediction["verdict"] == "undefended"
         assert prediction["label"] in LABELS
-        assert (prediction["alert_id"], prediction["score"], prediction["undefended_label"]) == (None, None, None)
+        absent = [prediction[field] for field in ("alert_id", "score", "p_value", "undefended_label")]
+        assert absent == [None] * 4
     outputs = await visitor.outputs("bare", np.concatenate([dark(1), bright(1)]))
     assert outputs["verdict"] == ["undefended"] * 2
     assert outputs["label"] == [prediction["label"] for prediction in predictions]

@@ -8,7 +8,7 @@ from service.verdicts import failed_rows
 
 LABELS = ("zero", "one", "two", "three")
 EVERYTHING = (
-    *("label", "class_index", "verdict", "logits", "probabilities", "score"),
+    *("label", "class_index", "verdict", "logits", "probabilities", "score", "p_value"),
     *("undefended_class_index", "purified"),
 )
 
@@ -124,6 +124,7 @@ async def test_a_client_is_told_what_is_disclosed_and_no_more(gateway, mixed, fi
             "class_index": "class_index",
             "probabilities": "probabilities",
             "score": "score",
+            "p_value": "p_value",
             "undefended_label": "undefended_class_index",
         }
         for prediction in await visitor.predictions("digits", *map(file_of, mixed)):

@@ -17,6 +17,7 @@ EVERY_OUTPUT = {
     "logits": ("FP32", [-1, 4]),
     "probabilities": ("FP32", [-1, 4]),
     "score": ("FP32", [-1]),
+    "p_value": ("FP32", [-1]),
     "undefended_class_index": ("INT64", [-1]),
     "purified": ("FP32", [-1, 1, 16, 16]),
 }

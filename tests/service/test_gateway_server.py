@@ -55,7 +55,7 @@ def test_the_protocols_own_client_infers(triton_client, server, dark, bright, fi
     tensor = pixels if datatype == "UINT8" else pixels.astype(np.float32) / np.float32(255)
     image = triton.InferInput("image", list(tensor.shape), datatype)
     image.set_data_from_numpy(tensor, binary_data=binary_in)
-    names = ["label", "class_index", "verdict", "logits", "probabilities", "score", "purified"]
+    names = ["label", "class_index", "verdict", "logits", "probabilities", "score", "p_value", "purified"]
     outputs = [triton.InferRequestedOutput(name, binary_data=binary_out) for name in names]
     result = triton_client.infer("digits", [image], outputs=outputs, request_id="own-7")
     response = result.get_response()
@@ -74,6 +74,10 @@ def test_the_protocols_own_client_infers(triton_client, server, dark, bright, fi
         result.as_numpy("probabilities"), [prediction["probabilities"] for prediction in plain], atol=1e-5
     )
     np.testing.assert_allclose(result.as_numpy("score"), [prediction["score"] for prediction in plain], atol=1e-4)
+    p_values = result.as_numpy("p_value")
+    assert p_values.dtype == np.float32
+    np.testing.assert_allclose(p_values, [prediction["p_value"] for prediction in plain], rtol=1e-6)
+    assert p_values[2] == np.float32(0.01) < p_values[:2].min()
     assert result.as_numpy("logits").shape == (3, 4)
     assert result.as_numpy("purified").shape == (3, 1, 16, 16)
 

@@ -73,6 +73,9 @@ def test_a_fit_publishes_everything_that_a_protected_version_is(fitted):
         "model.onnx",
         "checkpoint/regulator.safetensors",
         "checkpoint/inspector.safetensors",
+        "calibration.json",
+        "report.json",
+        "report.html",
     }
     regulators = Store.open(fitted / "regulators")
     assert regulators.models() == ["digits-1x32x32"]

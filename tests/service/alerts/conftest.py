@@ -39,6 +39,7 @@ def make_alert() -> MakeAlert:
             "undefended_class_index": 8,
             "score": 0.75,
             "threshold": 0.5,
+            "p_value": 0.01,
             "mode": "flag",
             "sha256": hashlib.sha256(b"").hexdigest(),
             "media_type": "image/png",

@@ -1,0 +1,203 @@
+"""What each part of CoopHANCE is worth: one fit a variation, all measured on the same adversarial examples.
+
+`python -m loadtest.ablations resnet20 --data ... --output results.json` fits and measures every variation that the
+output does not hold yet, so that it may be stopped and taken up again, and prints the table of all that it holds.
+"""
+
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from defenses.attacks import AdversarialExamples, attack, craft
+from defenses.classifier import Classifier
+from defenses.coophance import FitPlan, Splits, fit_coophance
+from defenses.evaluation import Progress
+from defenses.evaluation.scenario_a import ScenarioA
+from defenses.stages import Stages
+from model_store import Store, parse_reference
+from service.cli.common import DataOption, StoreOption, read_dataset, settings_with
+from service.fit import find_classifier, splits_of
+from service.hardware import hardware
+from service.libraries import library_versions
+from service.progress import progress_bars
+from service.repository import MODELS
+from service.served import GRAPH
+
+MEASURED = ("fgsm", "pgd-stop", "deepfool", "cw")
+"""The attacks of the paper's table 1 that every variation is measured on."""
+
+CPU = torch.device("cpu")
+
+Change = Callable[[FitPlan], FitPlan]
+
+
+def _trained(**changes: Any) -> Change:
+    return lambda plan: replace(plan, regulator=replace(plan.regulator, **changes))
+
+
+def _inspected(**changes: Any) -> Change:
+    return lambda plan: replace(plan, inspector=replace(plan.inspector, **changes))
+
+
+def _fitted(**changes: Any) -> Change:
+    return lambda plan: replace(plan, **changes)
+
+
+def _both(first: Change, second: Change) -> Change:
+    return lambda plan: second(first(plan))
+
+
+TRAININGS: Mapping[str, Change] = {
+    "default": lambda plan: plan,
+    "network gives the image": _trained(output="image"),
+    "skips 16, 32, 64, 128": _trained(skip_channels=(16, 32, 64, 128)),
+    "skips 0, 2, 4, 8": _trained(skip_channels=(0, 2, 4, 8)),
+    "no batch norm": _trained(batch_norm=False),
+    "width 8, 16, 32, 64": _trained(channels=(8, 16, 32, 64)),
+    "depth 3": _trained(channels=(16, 32, 64), skip_channels=(4, 8, 16)),
+    "training noise 10/255": _trained(training_noise=10 / 255),
+    "training noise 25/255": _trained(training_noise=25 / 255),
+    "input noise 10/255 at inference too": _trained(inference_noise=10 / 255),
+    "no confusion": _trained(confusion="off"),
+    "confusion in training only": _trained(confusion="training"),
+    "alpha 0.5": _trained(alpha=0.5),
+    "alpha 4": _trained(alpha=4.0),
+    "weights not averaged": _trained(averaging=0.0),
+    "float32": _trained(precision="float32"),
+}
+"""Variations that train a Regulator of their own."""
+
+REUSES: Mapping[str, Change] = {
+    "full strength": _fitted(strength=1.0),
+    "accuracy loss 2 %": _fitted(accuracy_loss=0.02),
+    "accuracy loss 6 %": _fitted(accuracy_loss=0.06),
+    "purified taps": _inspected(inspects="purified"),
+    "layer: stem": _inspected(layer="relu"),
+    "layer: stage 1": _inspected(layer="layer1"),
+    "layer: stage 3": _inspected(layer="layer3"),
+    "pooled to 2,048 features": _inspected(most_features=2048),
+    "C = 10, as published": _inspected(inverse_penalty=10.0),
+    "fitted to all attacks, not to those left": _inspected(surviving=False),
+    "no fusion": _inspected(fusion=False),
+    "no fusion, fitted to all attacks": _inspected(fusion=False, surviving=False),
+    "no fusion, purified taps": _inspected(fusion=False, inspects="purified"),
+    "a threshold for each class": _inspected(thresholds="class"),
+    **{f"fitted on {name}": _fitted(attacks=(name,)) for name in MEASURED},
+    **{f"fitted on {name}, no fusion": _both(_inspected(fusion=False), _fitted(attacks=(name,))) for name in MEASURED},
+    "fitted on all four": _fitted(attacks=MEASURED),
+    "fitted on fgsm, pgd-stop, pgd and deepfool": _fitted(attacks=("fgsm", "pgd-stop", "pgd", "deepfool")),
+}
+"""Variations that use the default's Regulator again."""
+
+
+def main(
+    name: Annotated[str, typer.Argument(help="The classifier, as NAME or NAME@VERSION.")],
+    data: DataOption,
+    output: Annotated[Path, typer.Option(help="Where the results are kept, as JSON.")],
+    work: Annotated[Path, typer.Option(help="Where examples and Regulators are kept.")] = Path("var/ablations"),
+    epochs: Annotated[float, typer.Option(help="How long each Regulator is trained.")] = 5,
+    limit: Annotated[int, typer.Option(help="Test images per attack.")] = 1000,
+    only: Annotated[list[str] | None, typer.Option(help="Only this variation; repeat for several.")] = None,
+    store: StoreOption = None,
+) -> None:
+    """Fit and measure what the output does not hold yet."""
+    models = Store.open(settings_with(store=store).store / MODELS)
+    fetched = find_classifier(models, *parse_reference(name))
+    classifier = Classifier.load(fetched.folder / GRAPH).eval()
+    results: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {"variations": {}}
+    with progress_bars() as progress:
+        dataset = read_dataset(data, fetched.manifest, 0, Path("var/data"), progress)
+        splits = splits_of(dataset)
+        examples = [_examples(each, classifier, splits, limit, Stages(work / "examples")) for each in MEASURED]
+        plan = _trained(epochs=epochs)(FitPlan(test_examples=100))
+        results |= {
+            "command": " ".join(["python -m loadtest.ablations", *sys.argv[1:]]),
+            "plan": asdict(plan),
+            "hardware": hardware(CPU),
+            "libraries": library_versions(),
+        }
+        default = work / "regulators" / "default"
+        for variation, change in {**TRAININGS, **REUSES}.items():
+            if variation in results["variations"] or (only and variation not in only):
+                continue
+            stages = Stages(work / "regulators" / _slug(variation))
+            if variation in REUSES:
+                fit_coophance(classifier, splits, plan, stages=Stages(default), device=CPU, progress=progress)
+                _copy_training(Stages(default), stages)
+            start = time.perf_counter()
+            row = _measure(classifier, splits, change(plan), stages, examples, progress)
+            results["variations"][variation] = {"minutes": (time.perf_counter() - start) / 60, **row}
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(results, indent=1) + "\n")
+    typer.echo(table(results["variations"]))
+
+
+def table(variations: Mapping[str, Any]) -> str:
+    """Return the results as a Markdown table: accuracy, false positives, and what is resisted of each attack."""
+    head = ["variation", "accuracy lost", "false positives", *MEASURED, "mean", "mean AUC"]
+    lines = [head, ["---"] * len(head)]
+    for name, each in variations.items():
+        clean, attacks = each["clean"], each["attacks"]
+        lost = clean["undefended_accuracy"] - clean["accuracy"]
+        resisted = [attacks[attacked]["resisted"] for attacked in MEASURED]
+        area = sum(attacks[attacked]["auc"] for attacked in MEASURED) / len(MEASURED)
+        rates = [lost, clean["false_positive_rate"], *resisted, sum(resisted) / len(resisted), area]
+        lines.append([name, *(f"{100 * rate:.1f}" for rate in rates)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _measure(
+    classifier: Classifier,
+    splits: Splits,
+    plan: FitPlan,
+    stages: Stages,
+    examples: Sequence[AdversarialExamples],
+    progress: Progress,
+) -> dict[str, Any]:
+    fitted = fit_coophance(classifier, splits, plan, stages=stages, device=CPU, progress=progress)
+    scenario = ScenarioA(fitted.protected, CPU, plan.seed)
+    rows = [scenario.attacked(each, fitted.clean_scores)[0] for each in examples]
+    return {
+        "clean": asdict(fitted.clean),
+        "attacks": {row.attack: {**asdict(row), "curve": None} for row in rows},
+        "selection": asdict(fitted.selection.chosen),
+        "inspector": asdict(fitted.inspector),
+        "seconds": dict(fitted.seconds),
+    }
+
+
+def _examples(name: str, classifier: Classifier, splits: Splits, limit: int, stages: Stages) -> AdversarialExamples:
+    """Return an attack's examples on test images, made once."""
+    stage = f"{name}, {limit}"
+    if (kept := stages.load(stage)) is not None:
+        return AdversarialExamples(attack(name), **kept.tensors)
+    examples = craft(
+        attack(name), classifier, *splits.test, limit=limit, device=CPU, seed=1, progress=lambda done, total: None
+    )
+    stages.save(stage, {field.name: getattr(examples, field.name) for field in fields(examples)[1:]})
+    return examples
+
+
+def _copy_training(default: Stages, stages: Stages) -> None:
+    """Let a variation find the default's training as if it were its own, and nothing that came after it."""
+    stages.folder.mkdir(parents=True, exist_ok=True)
+    for path in default.folder.glob("*.safetensors"):
+        if not path.name.startswith(("selection", "inspector")):
+            shutil.copy2(path, stages.folder)
+
+
+def _slug(variation: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", variation.lower()).strip("-")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,178 @@
+"""A fit that cannot be is refused on the command line: the reason on the error stream, exit status 1, nothing left."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from typer.testing import CliRunner
+
+from defenses.checkpoint import save_regulator
+from defenses.coophance import Regulator, RegulatorConfig
+from model_store import Draft, InputSpec, Store
+from service.cli import app
+from service.register import Declaration, register
+
+LABELS = ("left", "middle", "right")
+SHAPE = (1, 16, 16)
+
+
+def portcullis(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, re.sub(r"\s+", " ", result.output)
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory) -> Path:
+    """A store with two classifiers, one of images of any size and one of 16x16 only, and two Regulators."""
+    root = tmp_path_factory.mktemp("refusals") / "store"
+    torch.manual_seed(0)
+    stages = [(nn.Conv2d(before, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)) for before in (1, 8)]
+    network = nn.Sequential(*stages[0], *stages[1], nn.Flatten(), nn.Linear(8 * 16, 3)).eval()
+    models = Store.open(root / "models")
+    register(models, "scaled", network, Declaration(shape=SHAPE, resize="bilinear", labels=LABELS))
+    graph = onnx.load(models.fetch("scaled").folder / "model.onnx")
+    register(models, "exact", graph, Declaration(labels=LABELS))
+    for shape in ((1, 8, 8), SHAPE):
+        folder = tmp_path_factory.mktemp("regulator")
+        save_regulator(Regulator(RegulatorConfig(shape)), folder)
+        draft = Draft(kind="regulator", input=InputSpec(shape=shape, mode="L"), labels=())
+        Store.open(root / "regulators").publish(f"drawings-{shape[1]}", draft, folder)
+    return root
+
+
+def images_of(folder: Path, labels: tuple[str, ...] = LABELS, each: int = 40, side: int = 16) -> Path:
+    random = np.random.default_rng(0)
+    for label in labels:
+        (folder / label).mkdir(parents=True)
+        for index in range(each):
+            pixels = random.integers(0, 255, (side, side), np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return images_of(tmp_path_factory.mktemp("images") / "drawings")
+
+
+def empty(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def with_broken_image(folder: Path) -> Path:
+    images_of(folder)
+    (folder / "middle" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    return folder
+
+
+def with_text_for_an_image(folder: Path) -> Path:
+    images_of(folder)
+    (folder / "left" / "7.png").write_text("not an image")
+    return folder
+
+
+def check_refused(store: Path, told: str, *arguments: object) -> None:
+    """Run a fit that must fail with these words, and leave the store as it was."""
+    before = versions_in(store)
+    status, output = portcullis("fit", "coophance", *arguments, "--store", store)
+    assert status == 1, output
+    assert told in output
+    assert output.count("portcullis: ") == 1
+    assert versions_in(store) == before
+    assert json.loads(portcullis("fit", "list", "--json", "--store", store)[1]) == []
+
+
+def versions_in(store: Path) -> list[Path]:
+    return sorted(path for part in ("models", "regulators") for path in (store / part).glob("*/*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "told"),
+    [
+        ("scaled", empty, "No images were found in"),
+        ("scaled", lambda folder: folder, "cannot be read"),
+        (
+            "scaled",
+            lambda folder: images_of(folder, ("left",)),
+            "without images: middle, right; unknown to the classifier: none",
+        ),
+        ("scaled", with_broken_image, "middle/broken.png"),
+        ("scaled", with_text_for_an_image, "left/7.png"),
+        ("exact", lambda folder: images_of(folder, side=20), "16 pixels wide and 16 high, but is 20"),
+        ("scaled", lambda folder: images_of(folder, ("left", "middle", "top")), "without images: right; unknown"),
+        ("scaled", lambda folder: images_of(folder, each=3), "needs at least 4 image(s) to be split"),
+    ],
+    ids=[
+        "folder with no images",
+        "no folder",
+        "one class",
+        "broken image",
+        "text for an image",
+        "wrong size",
+        "labels that do not match",
+        "too few images",
+    ],
+)
+def test_images_that_cannot_be_fitted_on(registered, tmp_path, name, make, told):
+    check_refused(registered, told, name, "--data", make(tmp_path / "images"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--budget", "0.01"], "A false-positive budget of 0.01 needs at least 99 benign calibration images, got 21."),
+        (["--budget", "1.5"], "between 0 and 1, got 1.5"),
+        (["--layer", "layer99"], "layer99"),
+        (["--attack", "fgms"], "Expected an attack such as fgsm"),
+        (["--minutes", "0"], "minutes above 0, got 0"),
+        (["--inverse-penalty", "-1"], "inverse_penalty above 0, got -1"),
+        (["--channels", "16;32"], "Expected widths such as 16,32,64,128, got '16;32'."),
+        (["--channels", "16,32"], "a skip width of 0 or more for each of the 2 stages"),
+        (["--strength", "1.5"], "Expected a strength above 0 and at most 1, got 1.5."),
+        (["--regulator", "drawings-8@1"], "expected images of shape (1, 16, 16), got (1, 8, 8)."),
+        (["--regulator", "drawings-16@2"], "there are: drawings-16@1, drawings-8@1."),
+        (["--regulator", "drawings-16"], "NAME@VERSION"),
+        (["--regulator", "drawings-16@1", "--epochs", "3", "--flip"], "got --epochs, --flip."),
+        (["--device", "cuda"], "no such device"),
+    ],
+)
+def test_options_that_cannot_be(registered, images, arguments, told):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("There is a GPU here.")
+    check_refused(registered, told, "scaled", "--data", images, *arguments)
+
+
+def test_a_regulator_that_was_fitted_on_other_images_is_warned_about(registered, images, monkeypatch):
+    monkeypatch.setattr("service.fit.memory_available", lambda: 2**20)
+    arguments = ("scaled", "--data", images, "--regulator", "drawings-16@1", "--store", registered)
+    status, output = portcullis("fit", "coophance", *arguments)
+    assert status == 1
+    assert (
+        "portcullis: The Regulator drawings-16@1 was fitted on an unknown data set, this fit is on drawings" in output
+    )
+
+
+def test_a_model_that_is_not_there(registered, images):
+    check_refused(registered, "letters", "letters", "--data", images)
+
+
+def test_too_little_memory(registered, images, monkeypatch):
+    monkeypatch.setattr("service.fit.memory_available", lambda: 2**20)
+    told = "of memory, but only 1.0 MiB are available. The most of it,"
+    check_refused(registered, told, "scaled", "--data", images, "--batch-size", "16")
+
+
+def test_too_little_disk(registered, images, monkeypatch):
+    usage = shutil.disk_usage(registered)
+    monkeypatch.setattr("service.resources.shutil.disk_usage", lambda folder: usage._replace(free=2**20))
+    check_refused(registered, f"of disk under {registered}/fits/", "scaled", "--data", images)
