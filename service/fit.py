@@ -20,13 +20,11 @@ from defenses.coophance import (
     FitPlan,
     Fitted,
     Inspector,
-    InspectorConfig,
     LabelledImages,
     Regulator,
     Splits,
     fit_coophance,
 )
-from defenses.coophance.inspector import pool_within
 from defenses.evaluation import Progress
 from defenses.footprint import saved_bytes, weight_bytes
 from defenses.onnx_export import check_export, export_protected, save_graph
@@ -169,19 +167,9 @@ def _check_plan(classifier: Classifier, dataset: Dataset, plan: FitPlan) -> None
 
 def _structure(classifier: Classifier, plan: FitPlan, reused: PublishedRegulator | None) -> ProtectedClassifier:
     """Return the protected classifier that a plan fits, before anything is fitted; its score is 0 for every image."""
-    watched = plan.inspector
-    layer = classifier.resolve_layer(watched.layer) if watched.layer else classifier.tap
-    config = InspectorConfig(
-        layer.name,
-        layer.shape,
-        classifier.classes,
-        watched.inspects,
-        pool_within(layer.shape, watched.most_features),
-        watched.fusion,
-    )
+    layer = classifier.resolve_layer(plan.inspector.layer) if plan.inspector.layer else classifier.tap
     regulator = reused.regulator if reused else Regulator(plan.regulator.config(classifier.image_shape))
-    replace(regulator.config, strength=plan.strength or 1.0)  # a strength that cannot be is told here
-    inspector = Inspector(config)
+    inspector = Inspector(plan.inspector.config(layer, classifier.classes))
     for parameter in inspector.parameters():
         nn.init.zeros_(parameter)
     return ProtectedClassifier(classifier, regulator, inspector, 0.0).eval()

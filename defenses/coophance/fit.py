@@ -12,7 +12,7 @@ from torch import Tensor
 from defenses.attacks import AdversarialExamples, Attack, attack, craft
 from defenses.calibration import calibrate, calibrate_classes, check_budget, check_class_budgets
 from defenses.classifier import Classifier, Layer
-from defenses.coophance.inspector import Inspector, InspectorConfig, pool_within
+from defenses.coophance.inspector import Inspector
 from defenses.coophance.inspector_fit import INVERSE_PENALTIES, InspectorExamples, InspectorReport, fit_inspector
 from defenses.coophance.plan import FitPlan
 from defenses.coophance.regressions import FEWEST_EXAMPLES, Watched
@@ -190,6 +190,7 @@ class _Fit:
             limit=limit,
             device=self.device,
             seed=self.plan.seed,
+            batch_size=self.plan.regulator.batch_size,
             progress=lambda done, total: self.progress(f"{each.name} ({purpose})", done, total),
         )
         tensors = {field: getattr(examples, field) for field in ("x_adv", "y", "rows", "fooled", "fooled_rounded")}
@@ -249,14 +250,7 @@ class _Fit:
         """Fit the Inspector to what the Regulator leaves."""
         torch.manual_seed(self.plan.seed)
         plan, layer, fit = self.plan.inspector, self.layer, self.splits.fit
-        config = InspectorConfig(
-            layer.name,
-            layer.shape,
-            self.classifier.classes,
-            plan.inspects,
-            pool_within(layer.shape, plan.most_features),
-            plan.fusion,
-        )
+        config = plan.config(layer, self.classifier.classes)
         blank = Inspector(replace(config, fusion=False)).eval().to(self.device)
         protected = ProtectedClassifier(self.classifier, regulator, blank, float("inf")).eval()
 
@@ -283,6 +277,7 @@ class _Fit:
             INVERSE_PENALTIES if plan.inverse_penalty is None else (plan.inverse_penalty,),
             surviving=plan.surviving,
             device=self.device,
+            seed=self.plan.seed,
             stages=self.stages,
             progress=lambda done, total: self.progress("inspector", done, total),
         )

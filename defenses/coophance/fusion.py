@@ -24,8 +24,8 @@ CLUES = (
 )
 """The names of a fusion's inputs, in their order."""
 
-FLOOR = 1e-3
-"""What is added before a logarithm."""
+FLOOR = 1e-2
+"""What is added before a logarithm, so that the last bits of a small margin do not matter."""
 
 LIMIT = 6.0
 """How many standard deviations from the benign mean a clue counts at most."""

@@ -58,6 +58,7 @@ def fit_inspector(
     *,
     surviving: bool,
     device: torch.device,
+    seed: int,
     stages: Stages,
     progress: Callable[[int, int], None],
 ) -> tuple[Inspector, InspectorReport]:
@@ -71,7 +72,7 @@ def fit_inspector(
     inspector = Inspector(config).eval().to(device)
 
     def features_of(images: Tensor) -> Tensor:
-        return _gathered(lambda x: inspector.features(activations_of(x)), images, device)
+        return _gathered(lambda x: inspector.features(activations_of(x)), images, device, seed)
 
     fitted = fit_regressions(
         features_of,
@@ -96,9 +97,9 @@ def fit_inspector(
         return torch.cat([torch.stack(decisions, 1), clues(evidence)], 1)
 
     tried = len(inverse_penalties)
-    clean = _gathered(observed, examples.clean.images, device).split([tried, len(CLUES) - 1], 1)
+    clean = _gathered(observed, examples.clean.images, device, seed).split([tried, len(CLUES) - 1], 1)
     attacks = [
-        (*_gathered(observed, watched.images, device).split([tried, len(CLUES) - 1], 1), watched.corrected)
+        (*_gathered(observed, watched.images, device, seed).split([tried, len(CLUES) - 1], 1), watched.corrected)
         for watched in examples.attacks.values()
     ]
     areas = [
@@ -123,6 +124,11 @@ def fit_inspector(
 
 
 @torch.no_grad()
-def _gathered(function: Callable[[Tensor], Tensor], images: Tensor, device: torch.device) -> Tensor:
-    """Apply a function to images, uint8 or float in [0, 1], in batches; gather the results on the CPU."""
-    return torch.cat([function(to_float(batch.to(device))).cpu() for batch in images.split(128)])
+def _gathered(function: Callable[[Tensor], Tensor], images: Tensor, device: torch.device, seed: int) -> Tensor:
+    """Apply a function to images, uint8 or float in [0, 1], in batches; gather the results on the CPU.
+
+    Whatever noise it draws is drawn from ``seed``, so that it does not matter what was done before.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        return torch.cat([function(to_float(batch.to(device))).cpu() for batch in images.split(128)])

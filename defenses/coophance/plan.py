@@ -5,7 +5,9 @@ from typing import Any, Literal, Self
 
 import torch
 
+from defenses.classifier import Layer
 from defenses.coophance.augmentation import Augmentation
+from defenses.coophance.inspector import InspectorConfig, pool_within
 from defenses.coophance.regulator import RegulatorConfig
 from defenses.coophance.trainer import TrainingPlan
 from defenses.precision import has_bfloat16
@@ -101,6 +103,11 @@ class InspectorPlan:
     def __post_init__(self) -> None:
         _above_zero(self, "most_features", "negatives", "inverse_penalty")
 
+    def config(self, layer: Layer, classes: int) -> InspectorConfig:
+        """Return what an Inspector of that layer looks at, for a classifier of so many classes."""
+        pool = pool_within(layer.shape, self.most_features)
+        return InspectorConfig(layer.name, layer.shape, classes, self.inspects, pool, self.fusion)
+
 
 @dataclass(frozen=True)
 class FitPlan:
@@ -143,8 +150,10 @@ class FitPlan:
         return cls(attacks=("fgsm",), strength=1.0, regulator=regulator, inspector=inspector)
 
     def __post_init__(self) -> None:
-        _above_zero(self, "examples", "validation_examples", "test_examples", "strength")
+        _above_zero(self, "examples", "validation_examples", "test_examples")
         _not_below_zero(self, "accuracy_loss")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise ValueError(f"Expected a strength above 0 and at most 1, got {self.strength}.")
         if not self.attacks:
             raise ValueError("Expected at least one attack to fit on, got none.")
 

@@ -147,6 +147,7 @@ def whole_fit(folder: Path, config: InspectorConfig, evidence_of: Callable[[Tens
         penalties,
         surviving=True,
         device=CPU,
+        seed=0,
         stages=Stages(folder),
         progress=lambda done, total: None,
     )
