@@ -1,4 +1,8 @@
-"""Which tests may be left out: everywhere those whose programs are missing, with --strict-skips hardly any."""
+"""What tests of every package use, and which may be left out: with --strict-skips hardly any."""
+
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
@@ -30,3 +34,19 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         for line in refused:
             reporter.write_line(f"  {line}", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture
+def files_of_at_most() -> Callable[[int], AbstractContextManager[None]]:
+    """Have the operating system refuse to write any file beyond a size, as a full disk does."""
+
+    @contextmanager
+    def limited(size: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from defenses.coophance import FitPlan, RegulatorPlan
+from defenses.coophance import FitPlan, InspectorPlan, RegulatorPlan
 from defenses.evaluation import Progress
 from model_store import SERVING, InputSpec, Store
 from service.datasets import Split, load_dataset
@@ -25,6 +25,7 @@ PLAN = FitPlan(
     examples=600,
     test_examples=120,
     regulator=RegulatorPlan(epochs=8, batch_size=64, flip=False),
+    inspector=InspectorPlan(inverse_penalty=1e-3),
     seed=SEED,
 )
 

@@ -3,13 +3,10 @@
 import errno
 import math
 import os
-import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,17 +18,6 @@ from defenses.stages import StageNotKept, Stages
 @pytest.fixture
 def stages(tmp_path) -> Stages:
     return Stages(tmp_path / "job" / "stages")
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """Have the operating system refuse to write any file beyond a size, as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_tensors_of_any_layout_come_back_to_the_bit_and_in_order(stages):
@@ -158,7 +144,7 @@ def test_a_file_of_something_else_counts_as_not_kept(stages, content):
     assert stages.load("examples") is None
 
 
-def test_a_full_disk_says_what_was_needed_and_leaves_nothing_behind(stages):
+def test_a_full_disk_says_what_was_needed_and_leaves_nothing_behind(stages, files_of_at_most):
     stages.save("plan", {}, {"steps": 3})
     large = {"x": torch.zeros(1_000_000)}
     with files_of_at_most(100_000), pytest.raises(StageNotKept) as caught:

@@ -1,10 +1,7 @@
 """What ends a fit before its time is told in a sentence, with the exit status that belongs to it."""
 
 import os
-import resource
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -55,17 +52,6 @@ def test_running_out_of_memory_is_told_whatever_library_it_is_in(exhaust):
         assert part in told, part
 
 
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """Have the operating system refuse to write any file beyond a size, as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def full_device(folder):
     Path("/dev/full").write_bytes(b"x")
 
@@ -93,7 +79,7 @@ def version(folder):
 
 
 @pytest.mark.parametrize("fill", [full_device, file_of_safetensors, stage, graph, version])
-def test_a_full_disk_is_told_whatever_is_written(fill, tmp_path):
+def test_a_full_disk_is_told_whatever_is_written(fill, tmp_path, files_of_at_most):
     with pytest.raises(DiskExhausted) as caught, files_of_at_most(20_000 - 1), exhaustion_told():
         fill(tmp_path)
     told = str(caught.value)

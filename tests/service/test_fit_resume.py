@@ -2,12 +2,9 @@
 
 import json
 import re
-import resource
 import shutil
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -110,23 +107,12 @@ def test_a_fit_that_is_stopped_says_so_and_is_nobody_elses_meanwhile(store, tmp_
     assert unfinished(copy) == []
 
 
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """Have the operating system refuse to write any file beyond a size, as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 class Cut(Exception):
     """What a kill is in a test of one process: nothing after it is done."""
 
 
 def test_a_fit_goes_on_after_a_full_disk_and_after_being_cut_off_while_publishing(
-    store, undisturbed, tmp_path, monkeypatch
+    store, undisturbed, tmp_path, monkeypatch, files_of_at_most
 ):
     copy = copy_of(store, tmp_path / "store", "digits")
     with files_of_at_most(300_000):  # the examples to fit on are smaller, those to choose by are larger
