@@ -1,0 +1,55 @@
+"""The scripts that measure are there as they are told of, and what they vary are plans that can be fitted."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from defenses.coophance import FitPlan, Regulator
+from defenses.onnx_trace import export_classifier
+from loadtest.ablations import MEASURED, REUSES, TRAININGS, table
+from loadtest.small_classifier import network
+from service.cli import app
+
+
+@pytest.mark.parametrize("variation", [*TRAININGS, *REUSES])
+def test_every_variation_is_a_plan_of_its_own(variation):
+    plan = {**TRAININGS, **REUSES}[variation](FitPlan())
+    assert (plan == FitPlan()) == (variation == "default")
+    Regulator(plan.regulator.config((3, 32, 32)))
+    if variation in REUSES:
+        assert plan.regulator == FitPlan().regulator, "what uses the default's Regulator trains none of its own"
+
+
+def test_the_table_shows_what_is_lost_and_resisted():
+    clean = {"undefended_accuracy": 0.9, "accuracy": 0.85, "false_positive_rate": 0.05}
+    rates = zip(MEASURED, (0.8, 0.9, 1.0, 0.7), strict=True)
+    attacks = {name: {"resisted": rate, "auc": rate} for name, rate in rates}
+    lines = table({"default": {"clean": clean, "attacks": attacks}}).splitlines()
+    assert lines[2] == "| default | 5.0 | 5.0 | 80.0 | 90.0 | 100.0 | 70.0 | 85.0 | 85.0 |"
+    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
+
+
+@pytest.mark.parametrize("script", ["ablations", "bench", "correctness", "kill_fit", "small_classifier"])
+def test_scripts_say_what_they_take(script):
+    told = subprocess.run(
+        [sys.executable, "-m", f"loadtest.{script}", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "Usage" in told.stdout or "usage" in told.stdout
+
+
+def test_the_small_classifier_can_be_registered(tmp_path):
+    model = network(3, 4).eval()
+    path = tmp_path / "small.onnx"
+    graph = export_classifier(model, (3, 64, 64))
+    path.write_bytes(graph.SerializeToString())
+    result = CliRunner().invoke(
+        app, ["register", "small", "--onnx", str(path), "--labels", "a,b,c,d", "--store", str(tmp_path / "store")]
+    )
+    assert result.exit_code == 0, result.output
+    assert "4 classes, input 3x64x64" in re.sub(r"\s+", " ", result.output)
+    with torch.no_grad():
+        assert model(torch.rand(2, 3, 64, 64)).shape == (2, 4)
