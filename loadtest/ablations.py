@@ -94,7 +94,8 @@ REUSES: Mapping[str, Change] = {
     **{f"fitted on {name}": _fitted(attacks=(name,)) for name in MEASURED},
     **{f"fitted on {name}, no fusion": _both(_inspected(fusion=False), _fitted(attacks=(name,))) for name in MEASURED},
     "fitted on all four": _fitted(attacks=MEASURED),
-    "fitted on fgsm, pgd-stop, pgd and deepfool": _fitted(attacks=("fgsm", "pgd-stop", "pgd", "deepfool")),
+    "fitted on fgsm, pgd-stop and pgd": _fitted(attacks=("fgsm", "pgd-stop", "pgd")),
+    "fitted on those, deepfool and cw": _fitted(attacks=("fgsm", "pgd-stop", "pgd", "deepfool", "cw")),
 }
 """Variations that use the default's Regulator again."""
 

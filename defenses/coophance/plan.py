@@ -119,7 +119,7 @@ class FitPlan:
     ``strength`` unless that is given.
     """
 
-    attacks: tuple[str, ...] = ("fgsm", "pgd-stop", "pgd")
+    attacks: tuple[str, ...] = ("fgsm", "pgd-stop", "pgd", "deepfool")
     examples: int = 2000
     validation_examples: int = 400
     test_examples: int = 300
