@@ -5,10 +5,12 @@ import re
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from loadtest.kill_fit import (
@@ -46,6 +48,17 @@ def fit(store: Path) -> tuple[int, str]:
 
 def unfinished(store: Path) -> list[dict]:
     return json.loads(portcullis("fit", "list", "--json", "--store", store)[1])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Have every fit here, in this process or another, add up in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
