@@ -1,15 +1,17 @@
 """What each part of CoopHANCE is worth: one fit a variation, all measured on the same adversarial examples.
 
-`python -m loadtest.ablations resnet20 --data ... --output results.json` fits and measures every variation that the
-output does not hold yet, so that it may be stopped and taken up again, and prints the table of all that it holds.
+`python -m loadtest.ablations resnet20 --data ... --output results.json` fits and measures every variation that has not
+been measured yet, so that it may be stopped and taken up again, and prints the tables of all that have been. Several
+processes may share the work, each with variations of its own (`--only`), once the default has been measured.
 """
 
 import json
+import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,6 +58,10 @@ def _both(first: Change, second: Change) -> Change:
     return lambda plan: second(first(plan))
 
 
+PLAIN = "no fusion"
+PUBLISHED = _inspected(fusion=False, surviving=False)
+"""The published Inspector: the regressions' decision alone, fitted to all attacks."""
+
 TRAININGS: Mapping[str, Change] = {
     "default": lambda plan: plan,
     "network gives the image": _trained(output="image"),
@@ -66,9 +72,7 @@ TRAININGS: Mapping[str, Change] = {
     "depth 3": _trained(channels=(16, 32, 64), skip_channels=(4, 8, 16)),
     "training noise 10/255": _trained(training_noise=10 / 255),
     "training noise 25/255": _trained(training_noise=25 / 255),
-    "input noise 10/255 at inference too": _trained(inference_noise=10 / 255),
     "no confusion": _trained(confusion="off"),
-    "confusion in training only": _trained(confusion="training"),
     "alpha 0.5": _trained(alpha=0.5),
     "alpha 4": _trained(alpha=4.0),
     "weights not averaged": _trained(averaging=0.0),
@@ -76,7 +80,13 @@ TRAININGS: Mapping[str, Change] = {
 }
 """Variations that train a Regulator of their own."""
 
+ONE_ATTACK = {name: f"fitted on {name}" for name in MEASURED}
+"""The variations that are fitted on one attack, by the attack."""
+
 REUSES: Mapping[str, Change] = {
+    "input noise 5/255 at inference too": _trained(inference_noise=5 / 255),
+    "input noise 15/255 at inference too": _trained(inference_noise=15 / 255),
+    "confusion in training only": _trained(confusion="training"),
     "full strength": _fitted(strength=1.0),
     "accuracy loss 2 %": _fitted(accuracy_loss=0.02),
     "accuracy loss 6 %": _fitted(accuracy_loss=0.06),
@@ -88,58 +98,76 @@ REUSES: Mapping[str, Change] = {
     "C = 10, as published": _inspected(inverse_penalty=10.0),
     "fitted to all attacks, not to those left": _inspected(surviving=False),
     "no fusion": _inspected(fusion=False),
-    "no fusion, fitted to all attacks": _inspected(fusion=False, surviving=False),
+    "no fusion, fitted to all attacks": PUBLISHED,
     "no fusion, purified taps": _inspected(fusion=False, inspects="purified"),
     "a threshold for each class": _inspected(thresholds="class"),
-    **{f"fitted on {name}": _fitted(attacks=(name,)) for name in MEASURED},
-    **{f"fitted on {name}, no fusion": _both(_inspected(fusion=False), _fitted(attacks=(name,))) for name in MEASURED},
+    **{text: _fitted(attacks=(name,)) for name, text in ONE_ATTACK.items()},
+    **{f"{text}, {PLAIN}": _both(PUBLISHED, _fitted(attacks=(name,))) for name, text in ONE_ATTACK.items()},
     "fitted on all four": _fitted(attacks=MEASURED),
     "fitted on fgsm, pgd-stop and pgd": _fitted(attacks=("fgsm", "pgd-stop", "pgd")),
     "fitted on those, deepfool and cw": _fitted(attacks=("fgsm", "pgd-stop", "pgd", "deepfool", "cw")),
 }
-"""Variations that use the default's Regulator again."""
+"""Variations that use what was trained for the default again."""
+
+VARIATIONS: Mapping[str, Change] = {**TRAININGS, **REUSES}
+
+CRAFTED = ("*examples, *.safetensors",)
+TRAINED = ("handover*", "sample model*", "statistics*", "regulator, step*")
+CHOSEN = ("selection*",)
+"""The stages of a fit, as files: those that no Regulator has a part in, its training, its stopping point."""
 
 
 def main(
     name: Annotated[str, typer.Argument(help="The classifier, as NAME or NAME@VERSION.")],
     data: DataOption,
-    output: Annotated[Path, typer.Option(help="Where the results are kept, as JSON.")],
-    work: Annotated[Path, typer.Option(help="Where examples and Regulators are kept.")] = Path("var/ablations"),
+    output: Annotated[Path, typer.Option(help="Where the results are gathered, as JSON.")],
+    work: Annotated[Path, typer.Option(help="Where examples, Regulators and rows are kept.")] = Path("var/ablations"),
     epochs: Annotated[float, typer.Option(help="How long each Regulator is trained.")] = 5,
+    examples: Annotated[int, typer.Option(help="Images per attack to fit on.")] = 2000,
     limit: Annotated[int, typer.Option(help="Test images per attack.")] = 1000,
     only: Annotated[list[str] | None, typer.Option(help="Only this variation; repeat for several.")] = None,
     store: StoreOption = None,
 ) -> None:
-    """Fit and measure what the output does not hold yet."""
+    """Fit and measure what has not been measured yet."""
+    unknown = set(only or ()) - VARIATIONS.keys()
+    if unknown:
+        raise typer.BadParameter(f"Expected variations of {', '.join(VARIATIONS)}; got {', '.join(sorted(unknown))}.")
     models = Store.open(settings_with(store=store).store / MODELS)
     fetched = find_classifier(models, *parse_reference(name))
     classifier = Classifier.load(fetched.folder / GRAPH).eval()
-    results: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {"variations": {}}
+    plan = _trained(epochs=epochs)(FitPlan(examples=examples, test_examples=50))
     with progress_bars() as progress:
-        dataset = read_dataset(data, fetched.manifest, 0, Path("var/data"), progress)
-        splits = splits_of(dataset)
-        examples = [_examples(each, classifier, splits, limit, Stages(work / "examples")) for each in MEASURED]
-        plan = _trained(epochs=epochs)(FitPlan(test_examples=100))
-        results |= {
-            "command": " ".join(["python -m loadtest.ablations", *sys.argv[1:]]),
-            "plan": asdict(plan),
-            "hardware": hardware(CPU),
-            "libraries": library_versions(),
-        }
-        default = work / "regulators" / "default"
-        for variation, change in {**TRAININGS, **REUSES}.items():
-            if variation in results["variations"] or (only and variation not in only):
+        splits = splits_of(read_dataset(data, fetched.manifest, 0, Path("var/data"), progress))
+        measured = [_examples(each, classifier, splits, limit, Stages(work / "measured")) for each in MEASURED]
+        for variation, change in VARIATIONS.items():
+            row = work / "rows" / f"{_slug(variation)}.json"
+            if row.exists() or (only and variation not in only):
                 continue
-            stages = Stages(work / "regulators" / _slug(variation))
+            folder, changed = work / "fits" / _slug(variation), change(plan)
             if variation in REUSES:
+                default = work / "fits" / _slug("default")
                 fit_coophance(classifier, splits, plan, stages=Stages(default), device=CPU, progress=progress)
-                _copy_training(Stages(default), stages)
+                _link(default, folder, TRAINED)
+                if replace(changed, inspector=plan.inspector) == plan:
+                    _link(default, folder, CHOSEN)
+            _link(work / "crafted", folder, CRAFTED)
             start = time.perf_counter()
-            row = _measure(classifier, splits, change(plan), stages, examples, progress)
-            results["variations"][variation] = {"minutes": (time.perf_counter() - start) / 60, **row}
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(results, indent=1) + "\n")
-    typer.echo(table(results["variations"]))
+            result = _measure(classifier, splits, changed, Stages(folder), measured, progress)
+            _link(folder, work / "crafted", CRAFTED)
+            row.parent.mkdir(exist_ok=True)
+            row.write_text(json.dumps({"minutes": (time.perf_counter() - start) / 60, **result}))
+    rows = {each: work / "rows" / f"{_slug(each)}.json" for each in VARIATIONS}
+    variations = {each: json.loads(path.read_text()) for each, path in rows.items() if path.exists()}
+    results = {
+        "command": " ".join(["python -m loadtest.ablations", *sys.argv[1:]]),
+        "plan": asdict(plan),
+        "hardware": hardware(CPU),
+        "libraries": library_versions(),
+        "variations": variations,
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(results, indent=1) + "\n")
+    typer.echo(f"{table(variations)}\n\n{generalisation(variations)}")
 
 
 def table(variations: Mapping[str, Any]) -> str:
@@ -153,7 +181,19 @@ def table(variations: Mapping[str, Any]) -> str:
         area = sum(attacks[attacked]["auc"] for attacked in MEASURED) / len(MEASURED)
         rates = [lost, clean["false_positive_rate"], *resisted, sum(resisted) / len(resisted), area]
         lines.append([name, *(f"{100 * rate:.1f}" for rate in rates)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return _markdown(lines)
+
+
+def generalisation(variations: Mapping[str, Any]) -> str:
+    """Return what is resisted by a defense fitted on one attack, as a Markdown table; the test attacks are columns."""
+    lines = [["fitted on", *MEASURED], ["---"] * (1 + len(MEASURED))]
+    for text in ONE_ATTACK.values():
+        for name in (text, f"{text}, {PLAIN}"):
+            if name in variations:
+                attacks = variations[name]["attacks"]
+                rates = [f"{100 * attacks[attacked]['resisted']:.1f}" for attacked in MEASURED]
+                lines.append([name.removeprefix("fitted on "), *rates])
+    return _markdown(lines)
 
 
 def _measure(
@@ -176,6 +216,10 @@ def _measure(
     }
 
 
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def _examples(name: str, classifier: Classifier, splits: Splits, limit: int, stages: Stages) -> AdversarialExamples:
     """Return an attack's examples on test images, made once."""
     stage = f"{name}, {limit}"
@@ -188,12 +232,12 @@ def _examples(name: str, classifier: Classifier, splits: Splits, limit: int, sta
     return examples
 
 
-def _copy_training(default: Stages, stages: Stages) -> None:
-    """Let a variation find the default's training as if it were its own, and nothing that came after it."""
-    stages.folder.mkdir(parents=True, exist_ok=True)
-    for path in default.folder.glob("*.safetensors"):
-        if not path.name.startswith(("selection", "inspector")):
-            shutil.copy2(path, stages.folder)
+def _link(source: Path, target: Path, patterns: Sequence[str]) -> None:
+    """Let a fit find what another has kept as if it were its own; a kept file is never written to again."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in (each for pattern in patterns for each in source.glob(pattern)):
+        with suppress(FileExistsError):
+            os.link(path, target / path.name)
 
 
 def _slug(variation: str) -> str:

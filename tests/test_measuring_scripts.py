@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,18 +11,22 @@ from typer.testing import CliRunner
 
 from defenses.coophance import FitPlan, Regulator
 from defenses.onnx_trace import export_classifier
-from loadtest.ablations import MEASURED, REUSES, TRAININGS, table
+from loadtest.ablations import MEASURED, REUSES, VARIATIONS, generalisation, table
 from loadtest.small_classifier import network
 from service.cli import app
 
 
-@pytest.mark.parametrize("variation", [*TRAININGS, *REUSES])
+@pytest.mark.parametrize("variation", VARIATIONS)
 def test_every_variation_is_a_plan_of_its_own(variation):
-    plan = {**TRAININGS, **REUSES}[variation](FitPlan())
+    plan = VARIATIONS[variation](FitPlan())
     assert (plan == FitPlan()) == (variation == "default")
     Regulator(plan.regulator.config((3, 32, 32)))
     if variation in REUSES:
-        assert plan.regulator == FitPlan().regulator, "what uses the default's Regulator trains none of its own"
+        default, device = FitPlan().regulator, torch.device("cpu")
+        assert plan.regulator.training(1000, 0, device) == default.training(1000, 0, device)
+        structures = [each.config((3, 32, 32)) for each in (plan.regulator, default)]
+        acting = [replace(each, inference_noise=0, confusion=True) for each in structures]
+        assert acting[0] == acting[1], "what uses the default's Regulator trains none of its own"
 
 
 def test_the_table_shows_what_is_lost_and_resisted():
@@ -33,7 +38,17 @@ def test_the_table_shows_what_is_lost_and_resisted():
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
 
 
-@pytest.mark.parametrize("script", ["ablations", "bench", "correctness", "kill_fit", "small_classifier"])
+def test_the_table_of_single_attacks_shows_what_was_fitted_on_which():
+    attacks = {name: {"resisted": rate} for name, rate in zip(MEASURED, (0.8, 0.9, 1.0, 0.7), strict=True)}
+    variations = {name: {"attacks": attacks} for name in ("fitted on cw, no fusion", "fitted on fgsm", "default")}
+    lines = generalisation(variations).splitlines()
+    assert lines[0] == f"| fitted on | {' | '.join(MEASURED)} |"
+    assert lines[2:] == ["| fgsm | 80.0 | 90.0 | 100.0 | 70.0 |", "| cw, no fusion | 80.0 | 90.0 | 100.0 | 70.0 |"]
+
+
+@pytest.mark.parametrize(
+    "script", ["ablations", "bench", "correctness", "inspector_seconds", "kill_fit", "small_classifier"]
+)
 def test_scripts_say_what_they_take(script):
     told = subprocess.run(
         [sys.executable, "-m", f"loadtest.{script}", "--help"], capture_output=True, text=True, check=True

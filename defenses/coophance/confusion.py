@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from defenses.noise import gaussian_like
+
 
 class Fluctuation(NamedTuple):
     """How the channels of one layer move under attack: mean and standard deviation, each (C,) float32."""
@@ -43,7 +45,7 @@ class ConfusionLayer(nn.Module):
             return activation
         mu = self.mu.reshape(1, -1, 1, 1)
         sigma = self.sigma.reshape(1, -1, 1, 1)
-        return activation + noise_scale * (mu + self.alpha * sigma * torch.randn_like(activation))
+        return activation + noise_scale * (mu + self.alpha * sigma * gaussian_like(activation))
 
 
 class FluctuationStatistics:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from defenses.coophance.confusion import ConfusionLayer
+from defenses.noise import gaussian_like
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Regulator(nn.Module):
     def forward(self, x: Tensor, noise_scale: Tensor) -> Tensor:
         """Return the purified image; ``noise_scale`` is a scalar that multiplies all noise, 0 switching it off."""
         sigma = self.config.training_noise if self.training else self.config.inference_noise
-        noisy = (x + noise_scale * sigma * torch.randn_like(x)).clamp(0, 1) if sigma else x
+        noisy = (x + noise_scale * sigma * gaussian_like(x)).clamp(0, 1) if sigma else x
         purified = self.finish(noisy, self.reconstruct(noisy, noise_scale))
         strength = self.config.strength
         return purified if strength == 1 else x + strength * (purified - x)

@@ -14,6 +14,7 @@ from torch import Tensor
 from defenses.coophance.augmentation import Augmentation
 from defenses.coophance.confusion import Fluctuation
 from defenses.coophance.regulator import Regulator, RegulatorConfig
+from defenses.noise import gaussian_like
 from defenses.pixels import to_float
 from defenses.stages import Stages
 
@@ -142,7 +143,7 @@ class Trainer:
 
     def _loss(self, x: Tensor) -> Tensor:
         config = self.model.config
-        noisy = (x + config.training_noise * torch.randn_like(x)).clamp(0, 1)
+        noisy = (x + config.training_noise * gaussian_like(x)).clamp(0, 1)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision == "bfloat16"):
             reconstruction = self.model.reconstruct(noisy, torch.ones((), device=self.device))
         if config.output == "residual":

@@ -75,6 +75,8 @@ def test_the_regulator_trains_only_the_last_forty_per_cent_and_may_stop_at_four_
     trained = fit(tmp_path, steps=30, progress=lambda *report: reports.append(report))
     assert [done for stage, done, _ in reports if stage == "regulator"] == list(range(19, 31))
     assert list(trained.stopping_points) == [21, 24, 27, 30]
+    weights = [weight for regulator in trained.stopping_points.values() for weight in regulator.parameters()]
+    assert all(weight.is_contiguous() for weight in weights), "else an exported graph transposes around its noise"
 
 
 def test_without_confusion_there_is_no_sample_model(tmp_path):
