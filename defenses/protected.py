@@ -1,13 +1,16 @@
 """The spine: a protected classifier is a classifier, with a purifier before it and a detector beside it."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from defenses.classifier import Classifier
-from defenses.detector import Detector, Evidence
+from defenses.detector import Detector, Evidence, NoDetector
+from defenses.onnx_import import LOGITS
+from defenses.purifier import Purifier
 
 
 class Output(NamedTuple):
@@ -24,21 +27,34 @@ class Output(NamedTuple):
     undefended_logits: Tensor
 
 
+class Pass(NamedTuple):
+    """One pass of images through the classifier: its logits (N, K), and activations (N, ...) by the layer's name."""
+
+    logits: Tensor
+    activations: Mapping[str, Tensor]
+
+
 class ProtectedClassifier(nn.Module):
     """Put a classifier behind a purifier and a detector.
 
-    The purifier maps images (N, C, H, W) in [0, 1], and a scalar that scales all its noise, to such images.
     ``threshold`` is the score above which an image is alerted: one for all, or one for each class that the protected
-    classifier may answer, (K,). The raw pass through the classifier is shared by the
-    detector and the bare answer.
+    classifier may answer, (K,); with ``NoDetector`` it is infinite. The raw pass through the classifier is shared by
+    the purifier, the detector and the bare answer, whichever layers they look at.
+    Raises ``ValueError`` for a finite threshold without a detector.
     """
 
     threshold: Tensor
 
     def __init__(
-        self, classifier: Classifier, purifier: nn.Module, detector: Detector, threshold: float | Sequence[float]
+        self,
+        classifier: Classifier,
+        purifier: Purifier,
+        detector: Detector,
+        threshold: float | Sequence[float] = math.inf,
     ) -> None:
         super().__init__()
+        if isinstance(detector, NoDetector) and threshold != math.inf:
+            raise ValueError(f"Expected an infinite threshold where there is no detector, got {threshold}.")
         self.classifier = classifier
         self.purifier = purifier
         self.detector = detector
@@ -46,31 +62,58 @@ class ProtectedClassifier(nn.Module):
 
     def forward(self, x: Tensor, noise_scale: Tensor | None = None) -> Output:
         """Return the ``Output`` for images (N, C, H, W) in [0, 1]; ``noise_scale`` (scalar, 1 unless given)."""
-        x_purified, evidence = self._look(x, noise_scale)
+        raw = self.raw_pass(x)
+        return self.answer(x, self._purify(x, raw, noise_scale), raw)
+
+    def raw_pass(self, x: Tensor) -> Pass:
+        """Return what the purifier, the detector and the bare answer need of the images as they are, from one pass."""
+        detector = self.detector
+        return self._pass(x, self.purifier.layer, detector.layer if detector.inspects == "raw" else None)
+
+    def answer(self, x: Tensor, x_purified: Tensor, raw: Pass) -> Output:
+        """Return the ``Output`` for images whose purified form and ``raw_pass`` are known."""
+        evidence = self._look(x, x_purified, raw)
         scores = self.detector(*evidence)
         threshold = self.threshold[evidence.logits.argmax(1)] if self.threshold.ndim else self.threshold
         return Output(evidence.logits, scores, scores > threshold, x_purified, evidence.undefended_logits)
 
     def evidence(self, x: Tensor) -> Evidence:
         """Return what the detector is shown of images (N, C, H, W) in [0, 1], noise on."""
-        return self._look(x, None)[1]
+        raw = self.raw_pass(x)
+        return self._look(x, self._purify(x, raw, None), raw)
 
     def activations(self, x: Tensor) -> Tensor:
         """Return the activations that the detector is shown of images (N, C, H, W) in [0, 1], and no more; noise on."""
-        detector = self.detector
-        watched = x if detector.inspects == "raw" else self.purifier(x, torch.ones((), device=x.device))
-        return self.classifier.features(watched, detector.layer)
-
-    def _look(self, x: Tensor, noise_scale: Tensor | None) -> tuple[Tensor, Evidence]:
-        if noise_scale is None:
-            noise_scale = torch.ones((), device=x.device)
-        x_purified = self.purifier(x, noise_scale)
         layer = self.detector.layer
+        if layer is None:
+            return _nothing(x)
         if self.detector.inspects == "raw":
-            undefended_logits, activations = self.classifier.logits_and_features(x, layer)
-            logits = self.classifier(x_purified)
-        else:
-            undefended_logits = self.classifier(x)
-            logits, activations = self.classifier.logits_and_features(x_purified, layer)
+            return self.classifier.features(x, layer)
+        raw = None if self.purifier.layer is None else self._pass(x, self.purifier.layer)
+        return self.classifier.features(self._purify(x, raw, None), layer)
+
+    def _look(self, x: Tensor, x_purified: Tensor, raw: Pass) -> Evidence:
+        layer, inspects = self.detector.layer, self.detector.inspects
+        purified = self._pass(x_purified, layer if inspects == "purified" else None)
+        watched = raw if inspects == "raw" else purified
+        activations = _nothing(x) if layer is None else watched.activations[layer]
         distance = (x_purified - x).flatten(1).norm(dim=1)
-        return x_purified, Evidence(activations, logits, undefended_logits, distance)
+        return Evidence(activations, purified.logits, raw.logits, distance)
+
+    def _purify(self, x: Tensor, raw: Pass | None, noise_scale: Tensor | None) -> Tensor:
+        layer = self.purifier.layer
+        shown = () if layer is None or raw is None else (raw.activations[layer], raw.logits)
+        scale = torch.ones((), device=x.device) if noise_scale is None else noise_scale
+        purified: Tensor = self.purifier(x, scale, *shown)
+        return purified
+
+    def _pass(self, x: Tensor, *layers: str | None) -> Pass:
+        """Run the classifier once for its logits and for the layers that are named."""
+        values = {name: self.classifier.resolve_layer(name).name for name in layers if name is not None}
+        wanted = tuple(dict.fromkeys((LOGITS, *values.values())))
+        computed = dict(zip(wanted, self.classifier.graph(x, wanted), strict=True))
+        return Pass(computed[LOGITS], {name: computed[value] for name, value in values.items()})
+
+
+def _nothing(x: Tensor) -> Tensor:
+    return x.new_zeros(len(x), 0)

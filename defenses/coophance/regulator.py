@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from defenses.coophance.confusion import ConfusionLayer
 from defenses.noise import gaussian_like
+from defenses.purifier import Purifier
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class RegulatorConfig:
         return cls(**fields)
 
 
-class Regulator(nn.Module):
+class Regulator(Purifier):
     """Map an image (N, C, H, W) in [0, 1] to a purified image of the same shape and range.
 
     Confusion layers stand at the positions of figure 3, eight for four down stages: after each down-sampling and before

@@ -19,12 +19,13 @@ from defenses.evaluation.scenario_a import ScenarioA
 from defenses.onnx_import import canonicalise
 from defenses.onnx_trace import export_classifier
 from defenses.protected import ProtectedClassifier
+from defenses.purifier import Purifier
 
 CPU = torch.device("cpu")
 SHAPE = (1, 16, 16)
 
 
-class Smoothing(nn.Module):
+class Smoothing(Purifier):
     """Purify by noise and a mean over neighbours."""
 
     def forward(self, x: Tensor, noise_scale: Tensor) -> Tensor:

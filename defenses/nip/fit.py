@@ -1,0 +1,196 @@
+"""Fitting a whole NIP defense for a classifier, from benign images to a calibrated strength."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from defenses.attacks import AdversarialExamples, Attack, attack, craft
+from defenses.classifier import Classifier, Layer
+from defenses.coophance import Splits
+from defenses.detector import NoDetector
+from defenses.evaluation import Progress
+from defenses.evaluation.rates import CleanRow
+from defenses.evaluation.scenario_a import ScenarioA, ScenarioARow
+from defenses.nip.amplitude import Strength, choose_amplitude
+from defenses.nip.head import head_behind
+from defenses.nip.influence import check_layer
+from defenses.nip.inverse_perturbation import InversePerturbation, InversePerturbationConfig, Pool
+from defenses.nip.plan import NipPlan
+from defenses.nip.pool import BuiltPool, build_pool, check_size
+from defenses.precision import full_precision
+from defenses.protected import ProtectedClassifier
+from defenses.stages import Stages
+
+
+@dataclass(frozen=True)
+class FittedNip:
+    """A fitted defense on the CPU, in evaluation mode, with what it was measured to do.
+
+    ``left_out`` benign examples gave no gradient. ``clean`` and ``attacks`` were measured on the test split; of each
+    attack's rows ``regulator``, what the purifier does alone, is the defense success rate: the share answered with the
+    true class among the examples that fool the bare classifier. ``test_examples`` are what was measured, for a look.
+    ``seconds`` is what each stage took, however often the fit was taken up again.
+    """
+
+    protected: ProtectedClassifier
+    layer: Layer
+    candidates: int
+    left_out: int
+    template_sizes: tuple[int, ...]
+    strength: Strength
+    clean: CleanRow
+    attacks: tuple[ScenarioARow, ...]
+    test_examples: tuple[AdversarialExamples, ...]
+    seconds: Mapping[str, float]
+
+    @property
+    def template_size(self) -> int:
+        """How many neurons the template holds; of one for each class, the least."""
+        return min(self.template_sizes)
+
+    @property
+    def empty_template(self) -> bool:
+        """Whether the template, or that of a class, is empty, so that every similarity to it is 0."""
+        return self.template_size == 0
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The rates on the test split, by name; those over examples that fool the classifier, as crafted."""
+        metrics = {
+            "clean_accuracy_undefended": self.clean.undefended_accuracy,
+            "clean_accuracy": self.clean.accuracy,
+        }
+        for row in self.attacks:
+            if row.form == "as crafted":
+                metrics[f"attack_success_rate.{row.attack}"] = row.fooling / row.attempted
+                if row.regulator is not None:
+                    metrics[f"defense_success_rate.{row.attack}"] = row.regulator
+        return metrics
+
+
+def fit_nip(
+    classifier: Classifier,
+    splits: Splits,
+    plan: NipPlan,
+    *,
+    stages: Stages,
+    device: torch.device,
+    progress: Progress,
+) -> FittedNip:
+    """Fit a pool of inverse perturbations, calibrate its strength, and measure it (sections 4.1 to 4.4).
+
+    The pool is made of the fit split, the strength settled on the validation split, both of clean images alone. What is
+    done is kept in ``stages``: a fit that was killed goes on there, to the same result. The same plan on the same
+    machine gives the same result; the global random state is left as it was. Before anything is computed raises
+    ``LayerNotFound``, ``LayerUnsuitable``, ``PoolTooLarge``, ``AttackUnknown`` and, without validation images,
+    ``ValueError``; then ``ValueError`` for a classifier that gets nothing right or has no gradient.
+    """
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), full_precision():
+        torch.manual_seed(plan.seed)
+        return _Fit(classifier.eval().to(device), splits, plan, stages, device, progress).run()
+
+
+@dataclass(frozen=True)
+class _Fit:
+    classifier: Classifier
+    splits: Splits
+    plan: NipPlan
+    stages: Stages
+    device: torch.device
+    progress: Progress
+
+    def run(self) -> FittedNip:
+        plan, splits, classifier = self.plan, self.splits, self.classifier
+        layer = classifier.resolve_layer(plan.layer) if plan.layer else classifier.head_layer
+        check_layer(layer, plan.k1, plan.k2)
+        most = min(plan.pool_size, len(splits.fit.images))
+        check_size(InversePerturbationConfig.planned(plan, classifier, layer, most))
+        attacks = [attack(text) for text in plan.attacks]
+        if not len(splits.validation.images):
+            raise ValueError("Expected clean validation images to settle the strength by, got none.")
+        built = self.pool(layer)
+        purifier = InversePerturbation(built.config, head_behind(classifier, layer))
+        purifier.set_pool(built.pool)
+        purifier = purifier.eval().to(self.device)
+        strength = self.strength(purifier)
+        purifier.set_amplitude(strength.amplitude)
+        protected = ProtectedClassifier(classifier, purifier, NoDetector()).eval()
+        measured = tuple(self.crafted(each) for each in attacks)
+        scenario = ScenarioA(protected, self.device, plan.seed)
+        clean, scores = scenario.clean(*splits.test)
+        return FittedNip(
+            protected.cpu(),
+            layer,
+            built.config.candidates,
+            built.left_out,
+            built.config.template_sizes,
+            strength,
+            clean,
+            tuple(row for each in measured for row in scenario.attacked(each, scores)),
+            measured,
+            {name: seconds for name in self.stages.names() if (seconds := self.stages.seconds(name)) is not None},
+        )
+
+    def pool(self, layer: Layer) -> BuiltPool:
+        """Return the pool that is kept, or make and keep it."""
+        if (kept := self.stages.load("pool")) is not None:
+            config = InversePerturbationConfig.from_json(kept.values["config"])
+            return BuiltPool(Pool(**kept.tensors), config, kept.values["left_out"])
+        start = time.perf_counter()
+        built = build_pool(
+            self.classifier, layer, *self.splits.fit, self.plan, device=self.device, progress=self.progress
+        )
+        values = {
+            "config": built.config.as_json(),
+            "left_out": built.left_out,
+            "seconds": time.perf_counter() - start,
+        }
+        self.stages.save("pool", built.pool._asdict(), values)
+        return built
+
+    def strength(self, purifier: InversePerturbation) -> Strength:
+        """Settle the amplitude on the validation split, or return what was settled."""
+        if (kept := self.stages.load("amplitude")) is not None:
+            return Strength.from_json(kept.values["strength"])
+        plan = self.plan
+        start = time.perf_counter()
+        strength = choose_amplitude(
+            self.classifier,
+            purifier,
+            *self.splits.validation,
+            (plan.amplitude,) if plan.accuracy_loss is None else plan.amplitudes,
+            plan.accuracy_loss,
+            batch_size=plan.batch_size,
+            device=self.device,
+            progress=self.progress,
+        )
+        values = {"strength": strength.as_json(), "seconds": time.perf_counter() - start}
+        self.stages.save("amplitude", {}, values)
+        return strength
+
+    def crafted(self, each: Attack) -> AdversarialExamples:
+        """Return the test examples that are kept of an attack, or make and keep them."""
+        name, (images, targets) = f"test examples, {each.name}", self.splits.test
+        if (kept := self.stages.load(name)) is not None:
+            return AdversarialExamples(each, x=images[kept.tensors["rows"]], **kept.tensors)
+        start = time.perf_counter()
+        examples = craft(
+            each,
+            self.classifier,
+            images,
+            targets,
+            limit=self.plan.test_examples,
+            device=self.device,
+            seed=self.plan.seed,
+            batch_size=self.plan.batch_size,
+            progress=lambda done, total: self.progress(f"{each.name} (test)", done, total),
+        )
+        tensors: dict[str, Tensor] = {
+            field: getattr(examples, field) for field in ("x_adv", "y", "rows", "fooled", "fooled_rounded")
+        }
+        self.stages.save(name, tensors, {"seconds": time.perf_counter() - start})
+        return examples
