@@ -10,7 +10,8 @@ def test_noise_is_standard_normal_and_laid_out_as_its_example(layout, dtype):
     torch.manual_seed(0)
     x = torch.zeros(16, 8, 32, 24, dtype=dtype).to(memory_format=layout)
     noise = gaussian_like(x)
-    assert noise.shape == x.shape and noise.dtype == dtype
+    assert noise.shape == x.shape
+    assert noise.dtype == dtype
     assert noise.stride() == x.stride()
     values = noise.float()
     assert abs(float(values.mean())) < 0.02
