@@ -21,9 +21,10 @@ import typer
 
 from defenses.attacks import AdversarialExamples, attack, craft
 from defenses.classifier import Classifier
-from defenses.coophance import FitPlan, Splits, fit_coophance
+from defenses.coophance import FitPlan, fit_coophance
 from defenses.evaluation import Progress
 from defenses.evaluation.scenario_a import ScenarioA
+from defenses.splits import Splits
 from defenses.stages import Stages
 from model_store import Store, parse_reference
 from service.cli.common import DataOption, StoreOption, read_dataset, settings_with
@@ -113,7 +114,7 @@ VARIATIONS: Mapping[str, Change] = {**TRAININGS, **REUSES}
 
 CRAFTED = ("*examples, *.safetensors",)
 TRAINED = ("handover*", "sample model*", "statistics*", "regulator, step*")
-CHOSEN = ("selection*",)
+CHOSEN = "selection*"
 """The stages of a fit, as files: those that no Regulator has a part in, its training, its stopping point."""
 
 
@@ -146,10 +147,11 @@ def main(
             folder, changed = work / "fits" / _slug(variation), change(plan)
             if variation in REUSES:
                 default = work / "fits" / _slug("default")
-                fit_coophance(classifier, splits, plan, stages=Stages(default), device=CPU, progress=progress)
+                if not list(default.glob(CHOSEN)):
+                    fit_coophance(classifier, splits, plan, stages=Stages(default), device=CPU, progress=progress)
                 _link(default, folder, TRAINED)
                 if replace(changed, inspector=plan.inspector) == plan:
-                    _link(default, folder, CHOSEN)
+                    _link(default, folder, [CHOSEN])
             _link(work / "crafted", folder, CRAFTED)
             start = time.perf_counter()
             result = _measure(classifier, splits, changed, Stages(folder), measured, progress)
