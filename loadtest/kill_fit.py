@@ -56,12 +56,12 @@ class Kill:
 
 
 class FitProcess:
-    """`portcullis fit coophance` in a process of its own, from the moment at which it has taken its lock."""
+    """`portcullis fit` of a method in a process of its own, from the moment at which it has taken its lock."""
 
-    def __init__(self, store: Path, name: str, arguments: Sequence[str]) -> None:
+    def __init__(self, store: Path, name: str, arguments: Sequence[str], *, method: str = "coophance") -> None:
         self._told = store.parent / f"{store.name}-{time.monotonic_ns()}.txt"
         self._jobs = FitJobs(store / FITS)
-        command = [sys.executable, "-c", "from service.cli import app; app()", "fit", "coophance", name]
+        command = [sys.executable, "-c", "from service.cli import app; app()", "fit", method, name]
         with self._told.open("w") as told:
             self._process = subprocess.Popen(
                 [*command, *arguments, "--json", "--store", str(store)], stdout=subprocess.DEVNULL, stderr=told

@@ -1,43 +1,27 @@
-"""Fitting a defense for a registered classifier and publishing it."""
+"""What every fit of a defense goes through: its job, what is checked beforehand, the export, and publishing."""
 
 import logging
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-import onnx
 import torch
-from torch import nn
 
-from defenses.attacks import attack
-from defenses.calibration import check_budget
-from defenses.checkpoint import save_protected, save_regulator
+from defenses.checkpoint import save_protected
 from defenses.classifier import Classifier
-from defenses.coophance import (
-    FitPlan,
-    Fitted,
-    Inspector,
-    LabelledImages,
-    Regulator,
-    Splits,
-    fit_coophance,
-)
 from defenses.evaluation import Progress
-from defenses.footprint import saved_bytes, weight_bytes
 from defenses.onnx_export import check_export, export_protected, save_graph
 from defenses.protected import ProtectedClassifier
+from defenses.splits import LabelledImages, Splits
+from defenses.stages import Stages
 from model_store import Draft, Fetched, Manifest, Parent, Store, StoreError
 from service.datasets import Dataset
-from service.fit_draft import FIT, defense_draft, regulator_draft
+from service.fit_draft import FIT
 from service.fit_job import FITS, FORMAT, FitJob, FitJobs
-from service.fit_report import write_report
-from service.hardware import DeviceName, find_device
 from service.libraries import library_versions
-from service.p_values import CALIBRATION, write_scores
-from service.regulators import REGULATORS, PublishedRegulator, find_regulator, other_data_told, regulator_name
 from service.repository import MODELS
 from service.resources import FitSize, check_disk, check_memory, memory_available
 from service.served import GRAPH
@@ -57,69 +41,95 @@ class ParentChanged(ValueError):
         )
 
 
+class FittedDefense(Protocol):
+    """What a method's fit gives, whatever else it tells: the protected classifier, on the CPU."""
+
+    @property
+    def protected(self) -> ProtectedClassifier: ...
+
+
+FittedT = TypeVar("FittedT", bound=FittedDefense)
+
+
+class Method(Protocol[FittedT]):
+    """What a method adds to the steps that every fit takes (see ``fit_and_publish``)."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return all that the method's result depends on besides classifier, data, device and libraries."""
+
+    def structure(self) -> ProtectedClassifier:
+        """Return the protected classifier that is fitted, before anything is fitted."""
+
+    def size(self, structure: ProtectedClassifier) -> FitSize:
+        """Return what the fit takes of memory and disk."""
+
+    def fit(self, splits: Splits, stages: Stages, device: torch.device, progress: Progress) -> FittedT:
+        """Fit, and measure what was fitted."""
+
+    def draft(self, fitted: FittedT, *, fit: str, command: str) -> Draft:
+        """Return what is recorded about the defense; ``fit`` is the id of the fit that made it."""
+
+    def complete(self, fitted: FittedT, draft: Draft, job: FitJob, folder: Path) -> Draft:
+        """Write what is published beside graph and checkpoint into ``folder``; return the draft, completed."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a defense is fitted for and on: a registered classifier, its torch form, and a data set."""
+
+    fetched: Fetched
+    classifier: Classifier
+    dataset: Dataset
+
+    @classmethod
+    def open(cls, fetched: Fetched, dataset: Dataset) -> "Subject":
+        """Load a classifier's torch form, in evaluation mode."""
+        return cls(fetched, Classifier.load(fetched.folder / GRAPH).eval(), dataset)
+
+    @property
+    def name(self) -> str:
+        """The classifier's name, under which the defense is published."""
+        return self.fetched.manifest.name
+
+
 def fit_and_publish(
     root: Path,
-    classifier: Fetched,
-    dataset: Dataset,
-    plan: FitPlan,
+    subject: Subject,
+    method: Method[FittedT],
     *,
-    regulator: str | None = None,
-    device: DeviceName = "auto",
-    fresh: bool = False,
+    device: torch.device,
+    fresh: bool,
     progress: Progress,
-    notice: Callable[[str], None] = logger.warning,
-    command: str = "",
+    notice: Callable[[str], None],
+    command: str,
 ) -> Manifest:
-    """Fit CoopHANCE for a classifier and publish it as the next version of its name.
+    """Fit a defense by a method and publish it as the next version of the classifier's name.
 
-    ``root`` is the store's folder. Nothing is published unless every step succeeds: then the Regulator on its own,
-    named after the data set, and after it the defense. ``regulator``, as NAME@VERSION, is one that is used again.
+    ``root`` is the store's folder. Nothing is published unless every step succeeds. Every finished stage is kept in
+    the store's folder ``fits``. A fit that was killed or failed resumes there when the same is asked for again, and
+    publishes nothing twice; ``fresh`` begins anew. ``notice`` is called with a sentence when a fit resumes.
 
-    Every finished stage is kept in the store's folder ``fits``. A fit that was killed or failed resumes there when the
-    same is asked for again, and publishes nothing twice; ``fresh`` begins anew. ``notice`` is called with a sentence
-    when a fit resumes, and when ``regulator`` was fitted on other data.
-
-    Raises what ``defenses.coophance.fit_coophance`` raises, ``FitRunning`` where another process is at the same fit,
-    ``MemoryTooSmall`` and ``DiskTooSmall`` before anything is computed, ``StageNotKept``, what
-    ``service.regulators.find_regulator`` raises, ``DeviceMissing``, ``ExportBroken``, and the store's errors.
+    Raises what the method raises, ``FitRunning`` where another process is at the same fit, ``MemoryTooSmall`` and
+    ``DiskTooSmall`` before anything is computed, ``PurifierNotExportable``, ``StageNotKept``, ``ExportBroken``, and
+    the store's errors.
     """
-    module = Classifier.load(classifier.folder / GRAPH).eval()
-    layer = plan.inspector.layer or classifier.manifest.layers.get("tap")
-    plan = replace(plan, inspector=replace(plan.inspector, layer=layer))
-    place = find_device(device)
-    _check_plan(module, dataset, plan)
-    reused = find_regulator(root, regulator, classifier.manifest.input) if regulator else None
-    if reused and (told := other_data_told(reused, dataset.name, dataset.digest)):
-        notice(told)
-    identity = _identity(classifier, dataset, plan, reused, place)
-    name = f"{classifier.manifest.name}@{classifier.manifest.version}"
     jobs = FitJobs(root / FITS)
-    with jobs.open(identity, model=name, dataset=dataset.name, command=command, fresh=fresh) as job:
-        if published := _published(root / MODELS, classifier.manifest.name, job):
+    name = f"{subject.name}@{subject.fetched.manifest.version}"
+    identity = _identity(subject, method, device)
+    with jobs.open(identity, model=name, dataset=subject.dataset.name, command=command, fresh=fresh) as job:
+        if published := published_by(root / MODELS, subject.name, job):
             notice(f"This fit was finished before: it is published as {published.name}@{published.version}.")
             return published
         if resumed := job.told():
             notice(resumed)
-        structure = _structure(module, plan, reused)
-        _check_resources(structure, dataset, plan, place, job, trains=reused is None)
+        structure = method.structure()
+        _check_resources(method.size(structure), device, job)
         if not resumed:
-            # A classifier whose graph allows no export fails here, and not after the training.
-            check_export(export_protected(structure), structure, torch.full((2, *module.image_shape), 0.5))
-        fitted = fit_coophance(
-            module,
-            splits_of(dataset),
-            plan,
-            stages=job.stages,
-            regulator=reused.regulator if reused else None,
-            device=place,
-            progress=progress,
-        )
-        progress("export", 0, 1)
-        graph = export_protected(fitted.protected)
-        check_export(graph, fitted.protected, torch.from_numpy(dataset.test.images[:8]).float() / 255)
-        progress("export", 1, 1)
-        draft = defense_draft(classifier, dataset, plan, fitted, fit=job.record.id, command=command)
-        return _publish(root, job, fitted, graph, draft, reused, place)
+            # A classifier whose graph allows no export fails here, and not after the long work.
+            grey = torch.full((2, *subject.classifier.image_shape), 0.5)
+            check_export(export_protected(structure), structure, grey)
+        fitted = method.fit(splits_of(subject.dataset), job.stages, device, progress)
+        return _publish(root, subject, method, fitted, job, progress, command)
 
 
 def find_classifier(store: Store, name: str, ref: int | str | None) -> Fetched:
@@ -137,126 +147,8 @@ def find_classifier(store: Store, name: str, ref: int | str | None) -> Fetched:
     return classifier
 
 
-def _identity(
-    classifier: Fetched, dataset: Dataset, plan: FitPlan, reused: PublishedRegulator | None, device: torch.device
-) -> dict[str, Any]:
-    """Return all that the result of a fit depends on."""
-    return {
-        "format": FORMAT,
-        "plan": asdict(plan),
-        "classifier": classifier.digest,
-        "dataset": dataset.digest,
-        "split_seed": dataset.split_seed,
-        "regulator": f"{reused.reference} {reused.digest}" if reused else None,
-        "device": device.type,
-        "libraries": library_versions(),
-    }
-
-
-def _check_plan(classifier: Classifier, dataset: Dataset, plan: FitPlan) -> None:
-    """Refuse what cannot be, before anything is computed.
-
-    Raises ``CalibrationTooSmall``, ``AttackUnknown``, ``LayerNotFound``, and ``ValueError`` for a budget beyond (0, 1).
-    """
-    check_budget(len(dataset.calibration.targets), plan.budget)
-    for text in plan.attacks:
-        attack(text)
-    if plan.inspector.layer:
-        classifier.resolve_layer(plan.inspector.layer)
-
-
-def _structure(classifier: Classifier, plan: FitPlan, reused: PublishedRegulator | None) -> ProtectedClassifier:
-    """Return the protected classifier that a plan fits, before anything is fitted; its score is 0 for every image."""
-    layer = classifier.resolve_layer(plan.inspector.layer) if plan.inspector.layer else classifier.tap
-    regulator = reused.regulator if reused else Regulator(plan.regulator.config(classifier.image_shape))
-    inspector = Inspector(plan.inspector.config(layer, classifier.classes))
-    for parameter in inspector.parameters():
-        nn.init.zeros_(parameter)
-    return ProtectedClassifier(classifier, regulator, inspector, 0.0).eval()
-
-
-def _check_resources(
-    structure: ProtectedClassifier,
-    dataset: Dataset,
-    plan: FitPlan,
-    device: torch.device,
-    job: FitJob,
-    *,
-    trains: bool,
-) -> None:
-    """Refuse a fit that is too large for this machine; raises ``MemoryTooSmall`` and ``DiskTooSmall``."""
-    classifier, regulator, inspector = structure.classifier, structure.purifier, structure.detector
-    assert isinstance(regulator, Regulator)
-    assert isinstance(inspector, Inspector)
-    image, noise_on = torch.full((1, *classifier.image_shape), 0.5), torch.ones(())
-    regulator.train(trains)
-    trained_pass = saved_bytes(lambda x: regulator.reconstruct(x, noise_on), image) if trains else 0
-    regulator.eval()
-    size = FitSize(
-        image_shape=classifier.image_shape,
-        fit=len(dataset.fit.targets),
-        validation=len(dataset.validation.targets),
-        test=len(dataset.test.targets),
-        classes=classifier.classes,
-        attacks=len(plan.attacks),
-        examples=plan.examples,
-        validation_examples=plan.validation_examples,
-        test_examples=plan.test_examples,
-        negatives=plan.inspector.negatives,
-        batch_size=plan.regulator.batch_size,
-        features=inspector.config.features,
-        regulator_pass=trained_pass,
-        classifier_pass=saved_bytes(classifier, image),
-        regulator_weights=weight_bytes(regulator),
-        classifier_weights=weight_bytes(classifier),
-        inspector_weights=weight_bytes(inspector),
-    )
-    device_memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    check_memory(size, available=memory_available(), device_available=device_memory)
-    check_disk(size, job.folder, kept=job.size)
-
-
-def _publish(
-    root: Path,
-    job: FitJob,
-    fitted: Fitted,
-    graph: onnx.ModelProto,
-    draft: Draft,
-    reused: PublishedRegulator | None,
-    device: torch.device,
-) -> Manifest:
-    payload = job.folder / "payload"
-    shutil.rmtree(payload, ignore_errors=True)
-    try:
-        defense = payload / "defense"
-        save_protected(fitted.protected, defense / CHECKPOINT)
-        save_graph(graph, defense / GRAPH)
-        reference = reused.reference if reused else _publish_regulator(root, job, fitted, draft, payload / "regulator")
-        assert draft.parent is not None
-        complete = draft.model_copy(update={"options": {**draft.options, "regulator_version": reference}})
-        write_scores(fitted.calibration_scores.numpy(), defense / CALIBRATION)
-        write_report(fitted, defense, name=draft.parent.name, draft=complete, device=device)
-        return Store.open(root / MODELS).publish(draft.parent.name, complete, defense)
-    finally:
-        shutil.rmtree(payload, ignore_errors=True)
-
-
-def _publish_regulator(root: Path, job: FitJob, fitted: Fitted, draft: Draft, folder: Path) -> str:
-    """Publish a Regulator on its own, unless this fit did so before it was killed; return NAME@VERSION."""
-    regulator = fitted.protected.purifier
-    assert isinstance(regulator, Regulator)
-    assert draft.data is not None
-    name = regulator_name(draft.data.name, draft.input.shape)
-    published = _published(root / REGULATORS, name, job)
-    if published is None:
-        folder.mkdir()
-        save_regulator(regulator, folder)
-        published = Store.open(root / REGULATORS).publish(name, regulator_draft(draft), folder)
-    return f"{name}@{published.version}"
-
-
-def _published(folder: Path, name: str, job: FitJob) -> Manifest | None:
-    """Return the version that this fit published before it was killed, if it did."""
+def published_by(folder: Path, name: str, job: FitJob) -> Manifest | None:
+    """Return the version of a name that a fit published before it was killed, if it did."""
     store = Store.open(folder)
     for version in reversed(store.versions(name)):
         with suppress(StoreError):  # one that is damaged is not this fit's concern
@@ -270,3 +162,47 @@ def splits_of(dataset: Dataset) -> Splits:
     """Return the splits of a data set as tensors, which share its memory."""
     parts = (dataset.fit, dataset.validation, dataset.calibration, dataset.test)
     return Splits(*(LabelledImages(torch.from_numpy(part.images), torch.from_numpy(part.targets)) for part in parts))
+
+
+def _identity(subject: Subject, method: Method[FittedT], device: torch.device) -> dict[str, Any]:
+    """Return all that the result of a fit depends on."""
+    return {
+        "format": FORMAT,
+        **method.identity(),
+        "classifier": subject.fetched.digest,
+        "dataset": subject.dataset.digest,
+        "split_seed": subject.dataset.split_seed,
+        "device": device.type,
+        "libraries": library_versions(),
+    }
+
+
+def _check_resources(size: FitSize, device: torch.device, job: FitJob) -> None:
+    """Refuse a fit that is too large for this machine; raises ``MemoryTooSmall`` and ``DiskTooSmall``."""
+    device_memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    check_memory(size, available=memory_available(), device_available=device_memory)
+    check_disk(size, job.folder, kept=job.size)
+
+
+def _publish(
+    root: Path,
+    subject: Subject,
+    method: Method[FittedT],
+    fitted: FittedT,
+    job: FitJob,
+    progress: Progress,
+    command: str,
+) -> Manifest:
+    progress("export", 0, 1)
+    graph = export_protected(fitted.protected)
+    check_export(graph, fitted.protected, torch.from_numpy(subject.dataset.test.images[:8]).float() / 255)
+    progress("export", 1, 1)
+    payload = job.folder / "payload"
+    shutil.rmtree(payload, ignore_errors=True)
+    try:
+        save_protected(fitted.protected, payload / CHECKPOINT)
+        save_graph(graph, payload / GRAPH)
+        draft = method.complete(fitted, method.draft(fitted, fit=job.record.id, command=command), job, payload)
+        return Store.open(root / MODELS).publish(subject.name, draft, payload)
+    finally:
+        shutil.rmtree(payload, ignore_errors=True)

@@ -5,7 +5,8 @@ from dataclasses import asdict
 from typing import Any
 
 from defenses.coophance import FitPlan, Fitted, Regulator
-from model_store import AttackRecord, DataRecord, Draft, FalsePositiveRate, Fetched, Parent
+from defenses.nip import FittedNip, InversePerturbation, NipPlan
+from model_store import AttackRecord, DataRecord, Draft, FalsePositiveRate, Fetched, Manifest, Parent
 from service.datasets import Dataset
 from service.libraries import library_versions
 
@@ -13,32 +14,21 @@ FIT = "fit"
 """The option that names the fit which published a version: a fit that was killed finds by it what it published."""
 
 
-def defense_draft(
+def coophance_draft(
     classifier: Fetched, dataset: Dataset, plan: FitPlan, fitted: Fitted, *, fit: str, command: str
 ) -> Draft:
-    """Return what is recorded about a defense; ``fit`` is the id of the fit that made it."""
-    splits = {
-        "fit": dataset.fit,
-        "validation": dataset.validation,
-        "calibration": dataset.calibration,
-        "test": dataset.test,
-    }
-    counts = {name: len(split.targets) for name, split in splits.items()}
-    manifest, threshold = classifier.manifest, fitted.protected.threshold.tolist()
+    """Return what is recorded about a CoopHANCE defense; ``fit`` is the id of the fit that made it."""
+    threshold = fitted.protected.threshold.tolist()
     return Draft(
+        **_common(classifier, dataset, {"tap": fitted.layer.name}),
         kind="coophance",
-        input=manifest.input,
-        labels=manifest.labels,
-        layers={**manifest.layers, "tap": fitted.layer.name},
-        parent=Parent(name=manifest.name, version=manifest.version, digest=classifier.digest),
         threshold=threshold if isinstance(threshold, float) else tuple(threshold),
         false_positive_rate=FalsePositiveRate(
             budget=plan.budget,
-            calibrated_on=counts["calibration"],
+            calibrated_on=len(dataset.calibration.targets),
             realised=fitted.metrics["false_positive_rate"],
-            evaluated_on=counts["test"],
+            evaluated_on=len(dataset.test.targets),
         ),
-        data=DataRecord(name=dataset.name, digest=dataset.digest, split_seed=dataset.split_seed, counts=counts),
         attacks=tuple(
             AttackRecord(
                 name=each.attack.name,
@@ -49,11 +39,53 @@ def defense_draft(
             for each in fitted.examples
         ),
         metrics=fitted.metrics,
-        options={**_options(plan, fitted), FIT: fit},
-        libraries=library_versions(),
+        options={**_coophance_options(plan, fitted), FIT: fit},
         seed=plan.seed,
         command=command,
     )
+
+
+def nip_draft(
+    classifier: Fetched, dataset: Dataset, plan: NipPlan, fitted: FittedNip, *, fit: str, command: str
+) -> Draft:
+    """Return what is recorded about a NIP defense, which was fitted on no attack and has no threshold."""
+    return Draft(
+        **_common(classifier, dataset, {"head": fitted.layer.name}),
+        kind="nip",
+        metrics=fitted.metrics,
+        options={**_nip_options(plan, fitted), FIT: fit},
+        seed=plan.seed,
+        command=command,
+    )
+
+
+def nip_findings(fitted: FittedNip) -> list[str]:
+    """Return a sentence for each thing in a fit that whoever fitted it should know; often none."""
+    told, sizes, strength = [], fitted.template_sizes, fitted.strength
+    purifier = fitted.protected.purifier
+    assert isinstance(purifier, InversePerturbation)
+    if fitted.empty_template and purifier.config.similarity == "index":
+        one = len(sizes) == 1
+        empty = "template is" if one else f"templates of {sizes.count(0)} of {len(sizes)} classes are"
+        told.append(
+            f"The {empty} empty, so that every image{'' if one else ' that is given such a class'} is moved by the "
+            "same candidate, the first: --template frequency with a smaller --template-share, or "
+            "--similarity influence, tells images apart."
+        )
+    if strength.within is False:
+        kept = next(each.accuracy for each in strength.tried if each.amplitude == strength.amplitude)
+        told.append(
+            f"The smallest amplitude that was tried, {strength.amplitude:g}, costs "
+            f"{100 * (strength.undefended_accuracy - kept):.1f} points of accuracy on the validation images, more than "
+            "allowed: smaller --amplitudes cost less."
+        )
+    return told
+
+
+def findings_of(manifest: Manifest) -> list[str]:
+    """Return the findings that are on record of a version; none where it says nothing of any."""
+    found = manifest.options.get("findings")
+    return [str(each) for each in found] if isinstance(found, list) else []
 
 
 def regulator_draft(draft: Draft) -> Draft:
@@ -71,7 +103,7 @@ def regulator_draft(draft: Draft) -> Draft:
     )
 
 
-def _options(plan: FitPlan, fitted: Fitted) -> dict[str, Any]:
+def _coophance_options(plan: FitPlan, fitted: Fitted) -> dict[str, Any]:
     regulator = fitted.protected.purifier
     assert isinstance(regulator, Regulator)
     options: dict[str, Any] = {
@@ -85,3 +117,39 @@ def _options(plan: FitPlan, fitted: Fitted) -> dict[str, Any]:
         options["training"] = {**asdict(fitted.training), "curves": fitted.trained.curves}
     plain: dict[str, Any] = json.loads(json.dumps(options))
     return plain
+
+
+def _nip_options(plan: NipPlan, fitted: FittedNip) -> dict[str, Any]:
+    purifier = fitted.protected.purifier
+    assert isinstance(purifier, InversePerturbation)
+    options = {
+        "plan": asdict(plan),
+        "configuration": purifier.config.as_json(),
+        "strength": fitted.strength.as_json(),
+        "template_sizes": fitted.template_sizes,
+        "left_out": fitted.left_out,
+        "findings": nip_findings(fitted),
+        "seconds": dict(fitted.seconds),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(options))
+    return plain
+
+
+def _common(classifier: Fetched, dataset: Dataset, layers: dict[str, str]) -> dict[str, Any]:
+    """Return the fields that say for what and on what a defense was fitted; ``layers`` are those that it looks at."""
+    splits = {
+        "fit": dataset.fit,
+        "validation": dataset.validation,
+        "calibration": dataset.calibration,
+        "test": dataset.test,
+    }
+    counts = {name: len(split.targets) for name, split in splits.items()}
+    manifest = classifier.manifest
+    return {
+        "input": manifest.input,
+        "labels": manifest.labels,
+        "layers": {**manifest.layers, **layers},
+        "parent": Parent(name=manifest.name, version=manifest.version, digest=classifier.digest),
+        "data": DataRecord(name=dataset.name, digest=dataset.digest, split_seed=dataset.split_seed, counts=counts),
+        "libraries": library_versions(),
+    }

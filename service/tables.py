@@ -9,10 +9,17 @@ from rich.table import Table
 
 from defenses.evaluation.rates import Interval
 from defenses.evaluation.scenario_a import Form, ScenarioARow
+from defenses.nip import SuccessRow
 from service.evaluate import Report
+from service.nip_success import SuccessReport
 from service.scenario_a import ScenarioAReport
 
 NOTHING = "-"
+
+MOVED = (
+    "Moved by the nearest candidate, which is what is served, by a random one, by Gaussian noise of the same L2 norm, "
+    "or by the oracle, which knows the clean image."
+)
 
 
 def report_table(report: Report) -> Table:
@@ -90,6 +97,48 @@ def _attack_table(form: str, rows: Sequence[ScenarioARow]) -> Table:
             _percent(row.resisted),
             _range(row.resisted_interval),
             _decimal(row.auc, 3),
+        )
+    return table
+
+
+def success_tables(report: SuccessReport) -> Group:
+    """Return a NIP report as tables: clean images, then the attacks as crafted and the attacks rounded to 8 bits."""
+    clean = _plain_table(f"{report.model}, version {report.version}, on clean images")
+    clean.caption = f"In brackets the 95 % interval. Amplitude {report.amplitude:g}; there is no detector."
+    if report.plan.controls:
+        clean.caption = f"{clean.caption} {MOVED}"
+    for heading in ("moved by", "moved, L2", "images", "bare accuracy", "accuracy"):
+        clean.add_column(heading, justify="right")
+    for row in report.clean:
+        clean.add_row(
+            row.direction,
+            _decimal(row.moved_l2, 3),
+            str(row.images),
+            _percent(row.undefended_accuracy, 2),
+            f"{_percent(row.accuracy, 2)} ({_range(row.accuracy_interval, 2)})",
+        )
+    crafted, rounded = ([row for row in report.rows if row.form == form] for form in get_args(Form))
+    attacked = [_success_table("as crafted", crafted), _success_table("rounded to 8 bits", rounded)]
+    return Group(clean, *(attacked if report.rows else ()))
+
+
+def _success_table(form: str, rows: Sequence[SuccessRow]) -> Table:
+    table = _plain_table(f"crafted on the bare classifier, {form}")
+    table.caption = "Success: answered with the true class, of those that fool the bare classifier."
+    table.add_column("attack", overflow="fold")
+    for heading in ("moved by", "moved, L2", "fooling", "L2", "success", "95 %"):
+        table.add_column(heading, justify="right")
+    attack = ""
+    for row in rows:
+        attack, before = row.attack, attack
+        table.add_row(
+            "" if attack == before else attack,
+            row.direction,
+            _decimal(row.moved_l2, 3),
+            f"{row.fooling}/{row.attempted}",
+            _decimal(row.distortion_l2, 2),
+            _percent(row.success),
+            _range(row.success_interval),
         )
     return table
 

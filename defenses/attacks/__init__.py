@@ -1,6 +1,7 @@
 """Attacks by name, behind one interface: model, x, y -> x_adv."""
 
 from defenses.attacks.examples import AdversarialExamples, craft, fools
+from defenses.attacks.kept import craft_once
 from defenses.attacks.registry import ATTACKS, Attack, AttackUnknown, attack
 
-__all__ = ["ATTACKS", "AdversarialExamples", "Attack", "AttackUnknown", "attack", "craft", "fools"]
+__all__ = ["ATTACKS", "AdversarialExamples", "Attack", "AttackUnknown", "attack", "craft", "craft_once", "fools"]

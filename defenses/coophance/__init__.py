@@ -2,7 +2,7 @@
 
 from defenses.coophance.augmentation import Augmentation
 from defenses.coophance.confusion import ConfusionLayer, Fluctuation, FluctuationStatistics, measure_fluctuations
-from defenses.coophance.fit import Fitted, LabelledImages, Splits, fit_coophance
+from defenses.coophance.fit import Fitted, fit_coophance
 from defenses.coophance.fusion import Fusion, fit_fusion
 from defenses.coophance.inspector import Inspector, InspectorConfig
 from defenses.coophance.inspector_fit import InspectorExamples, InspectorReport, fit_inspector
@@ -27,12 +27,10 @@ __all__ = [
     "InspectorExamples",
     "InspectorPlan",
     "InspectorReport",
-    "LabelledImages",
     "Regulator",
     "RegulatorConfig",
     "RegulatorPlan",
     "Selection",
-    "Splits",
     "TrainedRegulator",
     "TrainingPlan",
     "Watched",

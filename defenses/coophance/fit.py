@@ -4,12 +4,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from defenses.attacks import AdversarialExamples, Attack, attack, craft
+from defenses.attacks import AdversarialExamples, Attack, attack, craft_once
 from defenses.calibration import calibrate, calibrate_classes, check_budget, check_class_budgets
 from defenses.classifier import Classifier, Layer
 from defenses.coophance.inspector import Inspector
@@ -25,23 +24,8 @@ from defenses.evaluation.rates import CleanRow
 from defenses.evaluation.scenario_a import ScenarioA, ScenarioARow
 from defenses.precision import full_precision
 from defenses.protected import ProtectedClassifier
+from defenses.splits import LabelledImages, Splits
 from defenses.stages import Stages
-
-
-class LabelledImages(NamedTuple):
-    """Images uint8 (N, C, H, W) and their classes int64 (N,)."""
-
-    images: Tensor
-    targets: Tensor
-
-
-class Splits(NamedTuple):
-    """The parts of a data set, which share no image: to fit on, to choose by, to calibrate on, to measure on."""
-
-    fit: LabelledImages
-    validation: LabelledImages
-    calibration: LabelledImages
-    test: LabelledImages
 
 
 @dataclass(frozen=True)
@@ -178,24 +162,18 @@ class _Fit:
         return self.classifier.resolve_layer(name) if name else self.classifier.tap
 
     def crafted(self, each: Attack, part: LabelledImages, limit: int, purpose: str) -> AdversarialExamples:
-        """Return the examples that are kept of an attack on a part, or make and keep them."""
-        name = f"{purpose} examples, {each.name}"
-        if (kept := self.stages.load(name)) is not None:
-            return AdversarialExamples(each, x=part.images[kept.tensors["rows"]], **kept.tensors)
-        start = time.perf_counter()
-        examples = craft(
+        return craft_once(
             each,
             self.classifier,
-            *part,
+            part,
+            purpose,
             limit=limit,
+            stages=self.stages,
             device=self.device,
             seed=self.plan.seed,
             batch_size=self.plan.regulator.batch_size,
-            progress=lambda done, total: self.progress(f"{each.name} ({purpose})", done, total),
+            progress=self.progress,
         )
-        tensors = {field: getattr(examples, field) for field in ("x_adv", "y", "rows", "fooled", "fooled_rounded")}
-        self.stages.save(name, tensors, {"seconds": time.perf_counter() - start})
-        return examples
 
     def trained(self, examples: Sequence[AdversarialExamples]) -> tuple[TrainedRegulator, TrainingPlan]:
         """Train the Regulator; the number of steps that a time budget holds is settled once."""

@@ -3,17 +3,21 @@
 from defenses.nip.amplitude import Strength, Tried, choose_amplitude
 from defenses.nip.fit import FittedNip, fit_nip
 from defenses.nip.head import AutogradHead, ChainHead, HeadUnsuitable, head_behind
-from defenses.nip.influence import LayerUnsuitable, influence, log_odds_influence, neuron_outputs
+from defenses.nip.influence import LayerUnsuitable, check_layer, influence, log_odds_influence, neuron_outputs
 from defenses.nip.inverse_perturbation import InversePerturbation, InversePerturbationConfig, Pool
 from defenses.nip.neurons import Neurons, Template, build_template, count_remaining, index_similarity, select_neurons
 from defenses.nip.oracle import OracleAnswers, oracle_answers
 from defenses.nip.plan import NipPlan
-from defenses.nip.pool import BuiltPool, PoolTooLarge, build_pool, choose_examples, inverse_perturbations
+from defenses.nip.pool import BuiltPool, PoolTooLarge, build_pool, check_size, choose_examples, inverse_perturbations
+from defenses.nip.success import CleanSuccess, DefenseSuccess, Direction, SuccessRow
 
 __all__ = [
     "AutogradHead",
     "BuiltPool",
     "ChainHead",
+    "CleanSuccess",
+    "DefenseSuccess",
+    "Direction",
     "FittedNip",
     "HeadUnsuitable",
     "InversePerturbation",
@@ -25,10 +29,13 @@ __all__ = [
     "Pool",
     "PoolTooLarge",
     "Strength",
+    "SuccessRow",
     "Template",
     "Tried",
     "build_pool",
     "build_template",
+    "check_layer",
+    "check_size",
     "choose_amplitude",
     "choose_examples",
     "count_remaining",

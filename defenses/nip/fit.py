@@ -5,11 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from defenses.attacks import AdversarialExamples, Attack, attack, craft
+from defenses.attacks import AdversarialExamples, attack, craft_once
 from defenses.classifier import Classifier, Layer
-from defenses.coophance import Splits
 from defenses.detector import NoDetector
 from defenses.evaluation import Progress
 from defenses.evaluation.rates import CleanRow
@@ -22,6 +20,7 @@ from defenses.nip.plan import NipPlan
 from defenses.nip.pool import BuiltPool, build_pool, check_size
 from defenses.precision import full_precision
 from defenses.protected import ProtectedClassifier
+from defenses.splits import Splits
 from defenses.stages import Stages
 
 
@@ -119,7 +118,21 @@ class _Fit:
         strength = self.strength(purifier)
         purifier.set_amplitude(strength.amplitude)
         protected = ProtectedClassifier(classifier, purifier, NoDetector()).eval()
-        measured = tuple(self.crafted(each) for each in attacks)
+        measured = tuple(
+            craft_once(
+                each,
+                classifier,
+                splits.test,
+                "test",
+                limit=plan.test_examples,
+                stages=self.stages,
+                device=self.device,
+                seed=plan.seed,
+                batch_size=plan.batch_size,
+                progress=self.progress,
+            )
+            for each in attacks
+        )
         scenario = ScenarioA(protected, self.device, plan.seed)
         clean, scores = scenario.clean(*splits.test)
         return FittedNip(
@@ -171,26 +184,3 @@ class _Fit:
         values = {"strength": strength.as_json(), "seconds": time.perf_counter() - start}
         self.stages.save("amplitude", {}, values)
         return strength
-
-    def crafted(self, each: Attack) -> AdversarialExamples:
-        """Return the test examples that are kept of an attack, or make and keep them."""
-        name, (images, targets) = f"test examples, {each.name}", self.splits.test
-        if (kept := self.stages.load(name)) is not None:
-            return AdversarialExamples(each, x=images[kept.tensors["rows"]], **kept.tensors)
-        start = time.perf_counter()
-        examples = craft(
-            each,
-            self.classifier,
-            images,
-            targets,
-            limit=self.plan.test_examples,
-            device=self.device,
-            seed=self.plan.seed,
-            batch_size=self.plan.batch_size,
-            progress=lambda done, total: self.progress(f"{each.name} (test)", done, total),
-        )
-        tensors: dict[str, Tensor] = {
-            field: getattr(examples, field) for field in ("x_adv", "y", "rows", "fooled", "fooled_rounded")
-        }
-        self.stages.save(name, tensors, {"seconds": time.perf_counter() - start})
-        return examples

@@ -31,7 +31,8 @@ class MemoryExhausted(MemoryError):
         first = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
         super().__init__(
             f"The fit ran out of memory: {_PLACE_IN_TORCH.sub('', first).rstrip('.')}. No defense was published. "
-            f"{_AGAIN} once more is free; a smaller --batch-size or fewer --examples need less, but begin another fit."
+            f"{_AGAIN} once more is free; a smaller --batch-size, or fewer --examples or --candidates, need less, but "
+            "begin another fit."
         )
 
 

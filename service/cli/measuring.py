@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from service.datasets import Dataset
     from service.evaluate import Report
     from service.hardware import DeviceName
+    from service.nip_success import SuccessReport
     from service.scenario_a import ScenarioAPlan, ScenarioAReport
 
     Read = Callable[[Manifest, DataRecord | None], Dataset]
@@ -58,6 +59,10 @@ def evaluate(
         bool | None, typer.Option(help="Switch the confusion layers, without --url.", show_default="as published")
     ] = None,
     noise: Annotated[bool, typer.Option(help="Leave the defense's noise on, without --url.")] = True,
+    controls: Annotated[
+        bool,
+        typer.Option("--controls", help="Of a NIP defense, measure what replaces its direction too, and its oracle."),
+    ] = False,
     data_root: DataRootOption = Path("var/data"),
     store: StoreOption = None,
     output: Annotated[Path | None, typer.Option(help="Also write the JSON into this file.")] = None,
@@ -71,13 +76,14 @@ def evaluate(
     with failures_told():
         from service.progress import progress_bars
         from service.scenario_a import ScenarioAPlan
-        from service.tables import report_table, scenario_a_tables
+        from service.tables import report_table
 
         if output and not output.absolute().parent.is_dir():
             raise FileNotFoundError(f"There is no folder {output.absolute().parent} to write {output.name} into.")
-        if url and (device != "auto" or confusion is not None or not noise):
+        if url and (device != "auto" or confusion is not None or not noise or controls):
             raise ValueError(
-                "--device, --confusion and --noise are for a measurement without --url: a gateway has its own."
+                "--device, --confusion, --noise and --controls are for a measurement without --url: a gateway has its "
+                "own."
             )
         chosen = () if clean else tuple(attack or (THROUGH_HTTP if url else ScenarioAPlan.attacks))
         plan = ScenarioAPlan(chosen, limit, seed, confusion, noise)
@@ -96,8 +102,8 @@ def evaluate(
                 through_http = _measure_gateway(url, models, name, plan, read, progress)
                 values, shown = through_http.as_json(), report_table(through_http)
             else:
-                offline = _measure_version(models, name, plan, device, read, progress)
-                values, shown = offline.as_json(), scenario_a_tables(offline)
+                offline = _measure_version(models, name, plan, device, read, progress, controls=controls)
+                values, shown = offline.as_json(), _tables(offline)
         text = json.dumps(values, indent=2)
         if output:
             output.write_text(text + "\n")
@@ -108,17 +114,43 @@ def evaluate(
 
 
 def _measure_version(
-    models: Store, name: str, plan: "ScenarioAPlan", device: "DeviceName", read: "Read", progress: "Progress"
-) -> "ScenarioAReport":
+    models: Store,
+    name: str,
+    plan: "ScenarioAPlan",
+    device: "DeviceName",
+    read: "Read",
+    progress: "Progress",
+    *,
+    controls: bool,
+) -> "ScenarioAReport | SuccessReport":
+    from service.defended import load_defended
     from service.hardware import find_device
-    from service.scenario_a import load_defended, measure_scenario_a
+    from service.nip_success import SuccessPlan, measure_success
+    from service.scenario_a import measure_scenario_a
 
     found = find_device(device)
     fetched, protected = load_defended(models, *parse_reference(name))
+    kind = fetched.manifest.kind
+    if kind == "nip" and (plan.confusion is not None or not plan.noise):
+        raise ValueError(
+            f"--confusion and --noise are for a defense that has noise, and {name}, of kind nip, has none."
+        )
+    if kind != "nip" and controls:
+        raise ValueError(f"--controls is for a defense of kind nip, and {name} is of kind {kind}.")
     dataset = read(fetched.manifest, fetched.manifest.data)
-    return measure_scenario_a(
-        fetched, protected, dataset, plan, device=found, progress=progress, command=command_line()
-    )
+    if kind != "nip":
+        return measure_scenario_a(
+            fetched, protected, dataset, plan, device=found, progress=progress, command=command_line()
+        )
+    wanted = SuccessPlan(plan.attacks, plan.limit, plan.seed, controls)
+    return measure_success(fetched, protected, dataset, wanted, device=found, progress=progress, command=command_line())
+
+
+def _tables(report: "ScenarioAReport | SuccessReport") -> "RenderableType":
+    from service.scenario_a import ScenarioAReport
+    from service.tables import scenario_a_tables, success_tables
+
+    return scenario_a_tables(report) if isinstance(report, ScenarioAReport) else success_tables(report)
 
 
 def _measure_gateway(

@@ -10,7 +10,7 @@ from defenses.coophance import FitPlan, InspectorPlan, RegulatorPlan
 from defenses.evaluation import Progress
 from model_store import SERVING, InputSpec, Store
 from service.datasets import Split, load_dataset
-from service.fit import fit_and_publish
+from service.fit_coophance import publish_coophance
 from service.register import Declaration, register
 from service.repository import MODELS
 
@@ -46,7 +46,7 @@ def build_demo(store: Path, progress: Progress) -> None:
     declared = Declaration(shape=SHAPE, resize="bilinear", labels=dataset.labels)
     registered = register(models, NAME, classifier, declared, command="portcullis demo")
     fetched = models.fetch(NAME, registered.version)
-    fitted = fit_and_publish(store, fetched, dataset, PLAN, progress=progress, command="portcullis demo")
+    fitted = publish_coophance(store, fetched, dataset, PLAN, progress=progress, command="portcullis demo")
     models.set_alias(NAME, SERVING, fitted.version)
 
 

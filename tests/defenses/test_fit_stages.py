@@ -14,13 +14,12 @@ from defenses.coophance import (
     FitPlan,
     Fitted,
     InspectorPlan,
-    LabelledImages,
     RegulatorPlan,
-    Splits,
     fit_coophance,
 )
 from defenses.onnx_import import canonicalise
 from defenses.onnx_trace import export_classifier
+from defenses.splits import LabelledImages, Splits
 from defenses.stages import Stages
 
 SHAPE = (1, 16, 16)

@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import torch
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from torch import nn
+from typer.testing import CliRunner
 
 from defenses.classifier import Classifier
 from defenses.coophance import Fluctuation, Inspector, InspectorConfig, Regulator, RegulatorConfig
@@ -34,7 +36,11 @@ from defenses.onnx_trace import export_classifier
 from defenses.protected import ProtectedClassifier
 from model_store import SERVING, Draft, FalsePositiveRate, InputSpec, Manifest, Store
 from service.app import create_app
+from service.cli import app as cli
+from service.datasets import load_dataset
+from service.demo.build import train
 from service.p_values import CALIBRATION, write_scores
+from service.register import Declaration, register
 from service.settings import Settings
 
 SHAPE = (1, 16, 16)
@@ -408,6 +414,44 @@ def bright() -> Callable[..., np.ndarray]:
 def file_of() -> Callable[..., bytes]:
     """Write one image (1, H, W) uint8 as a file: ``file_of(pixels, "JPEG")``, PNG unless named."""
     return encoded
+
+
+@pytest.fixture(scope="session")
+def digits_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with a small classifier of digits, trained for real; it is only read."""
+    root = tmp_path_factory.mktemp("digits") / "store"
+    spec = InputSpec(shape=(1, 32, 32), mode="L", resize="bilinear")
+    dataset = load_dataset(["digits"], spec, labels=None, split_seed=0)
+    network = train(dataset.fit, lambda stage, done, total: None)
+    declared = Declaration(shape=spec.shape, resize="bilinear", labels=dataset.labels)
+    register(Store.open(root / "models"), "digits", network, declared, command="test")
+    return root
+
+
+NIP = ("--data", "digits", "--candidates", "150", "--template", "class", "--search", "class", "--accuracy-loss", "0.02")
+NIP += ("--amplitudes", "0.005,0.02,0.05,0.5", "--test-examples", "40", "--attack", "fgsm:epsilon=24/255")
+NIP += ("--attack", "deepfool:steps=8")
+
+
+@pytest.fixture(scope="session")
+def nip_options() -> tuple[str, ...]:
+    """How ``nip_store`` was fitted: what ``portcullis fit nip digits`` was given but for the store."""
+    return NIP
+
+
+@pytest.fixture(scope="session")
+def nip_store(digits_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with NIP fitted by the command line, in one thread, and promoted: version 2; it is only read."""
+    root = tmp_path_factory.mktemp("nip") / "store"
+    shutil.copytree(digits_store, root)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        result = CliRunner().invoke(cli, ["fit", "nip", "digits", *NIP, "--promote", "--store", str(root)])
+    finally:
+        torch.set_num_threads(threads)
+    assert result.exit_code == 0, result.output
+    return root
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import tempfile
 from contextlib import closing
 from pathlib import Path
@@ -23,10 +24,8 @@ from model_store import SERVING, DataRecord, Draft, FalsePositiveRate, InputSpec
 from service.cli import app
 from service.client import Client
 from service.datasets import Dataset, Split, load_dataset
-from service.demo.build import train
 from service.evaluate import Report, measure
 from service.fit import find_classifier
-from service.register import Declaration, register
 from service.tables import report_table
 
 CPU = torch.device("cpu")
@@ -49,12 +48,11 @@ def dataset() -> Dataset:
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory, dataset) -> Path:
+def published(digits_store, tmp_path_factory, dataset) -> Path:
     """A store with a classifier of digits, trained for real, and version 2 with a small defense for it."""
     root = tmp_path_factory.mktemp("offline") / "store"
+    shutil.copytree(digits_store, root)
     models = Store.open(root / "models")
-    declared = Declaration(shape=SPEC.shape, resize="bilinear", labels=dataset.labels)
-    register(models, "digits", train(dataset.fit, lambda stage, done, total: None), declared, command="test")
     bare = models.fetch("digits", 1)
     protected = defended(Classifier.load(bare.folder / "model.onnx").eval(), dataset)
     draft = Draft(

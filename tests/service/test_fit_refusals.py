@@ -81,10 +81,10 @@ def with_text_for_an_image(folder: Path) -> Path:
     return folder
 
 
-def check_refused(store: Path, told: str, *arguments: object) -> None:
+def check_refused(store: Path, told: str, *arguments: object, method: str = "coophance") -> None:
     """Run a fit that must fail with these words, and leave the store as it was."""
     before = versions_in(store)
-    status, output = portcullis("fit", "coophance", *arguments, "--store", store)
+    status, output = portcullis("fit", method, *arguments, "--store", store)
     assert status == 1, output
     assert told in output
     assert output.count("portcullis: ") == 1
@@ -176,3 +176,52 @@ def test_too_little_disk(registered, images, monkeypatch):
     usage = shutil.disk_usage(registered)
     monkeypatch.setattr("service.resources.shutil.disk_usage", lambda folder: usage._replace(free=2**20))
     check_refused(registered, f"of disk under {registered}/fits/", "scaled", "--data", images)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--layer", "layer99"], "The classifier has no layer named 'layer99'"),
+        (["--k1", "100", "--k2", "100"], "100 front and 100 tail neurons, at least 200 in all, but the layer"),
+        (
+            ["--layer", "1", "--k1", "2", "--k2", "2"],
+            "cannot be served as one graph: expected a chain of Gemm, MatMul, Add and Relu, but there",
+        ),
+        (["--k1", "0", "--k2", "0"], "Expected k1 and k2 of 0 or more, and not both 0, got 0 and 0."),
+        (["--eta", "1.5"], "Expected eta above 0 and at most 1, got 1.5."),
+        (["--amplitude", "-1"], "Expected amplitude above 0, got -1.0."),
+        (["--amplitude", "1", "--accuracy-loss", "0.1"], "where --amplitude is given, got --accuracy-loss."),
+        (["--template-share", "0.5"], "Expected --template frequency where --template-share is given"),
+        (["--preset", "paper", "--amplitudes", "0.1,0.2"], "Expected --accuracy-loss where --amplitudes is given"),
+        (["--amplitudes", "0.1;0.2"], "Expected amplitudes such as 0.05,0.1,0.2, got '0.1;0.2'."),
+        (["--attack", "fgms"], "Expected an attack such as fgsm"),
+        (["--device", "cuda"], "no such device"),
+    ],
+)
+def test_options_of_nip_that_cannot_be(registered, images, arguments, told):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("There is a GPU here.")
+    check_refused(registered, told, "scaled", "--data", images, *arguments, method="nip")
+
+
+def test_nip_refuses_images_whose_labels_are_not_the_classifiers(registered, tmp_path):
+    folder = images_of(tmp_path / "images", ("left", "middle", "top"))
+    check_refused(registered, "without images: right; unknown", "scaled", "--data", folder, method="nip")
+
+
+def test_nip_refuses_a_pool_that_memory_does_not_hold(registered, images, monkeypatch):
+    monkeypatch.setattr("service.fit.memory_available", lambda: 2**18)
+    arguments = ("scaled", "--data", images, "--batch-size", "1", "--test-examples", "1", "--precision", "float32")
+    told = "is for the graph that holds the pool: fewer --candidates, a smaller --eta or --precision float16"
+    check_refused(registered, told, *arguments, method="nip")
+
+
+def test_nip_refuses_a_pool_that_no_graph_holds(registered, images, monkeypatch):
+    monkeypatch.setattr("defenses.nip.pool.LARGEST_POOL", 10_000)
+    check_refused(registered, "69 candidates of shape (1, 16, 16) in float16", "scaled", "--data", images, method="nip")
+
+
+def test_nip_refuses_a_disk_that_does_not_hold_its_pool(registered, images, monkeypatch):
+    usage = shutil.disk_usage(registered)
+    monkeypatch.setattr("service.resources.shutil.disk_usage", lambda folder: usage._replace(free=2**10))
+    check_refused(registered, f"of disk under {registered}/fits/", "scaled", "--data", images, method="nip")

@@ -22,9 +22,10 @@ from torch import nn
 
 from defenses.calibration import CalibrationTooSmall, calibrate
 from defenses.classifier import Classifier
-from defenses.coophance import FitPlan, InspectorPlan, LabelledImages, RegulatorPlan, Splits, fit_coophance
+from defenses.coophance import FitPlan, InspectorPlan, RegulatorPlan, fit_coophance
 from defenses.onnx_import import canonicalise
 from defenses.onnx_trace import export_classifier
+from defenses.splits import LabelledImages, Splits
 from defenses.stages import Stages
 from model_store import DataRecord, Draft, FalsePositiveRate, InputSpec, Parent, Store
 from service.fit_report import JSON_FILE, PAGE_FILE, DraftIncomplete, write_report

@@ -23,11 +23,8 @@ from loadtest.kill_fit import (
     kill_and_resume,
     published_by,
 )
-from model_store import Fetched, InputSpec, Store
+from model_store import Fetched, Store
 from service.cli import app
-from service.datasets import load_dataset
-from service.demo.build import train
-from service.register import Declaration, register
 
 QUICK = ["--data", "digits", "--examples", "60", "--attack", "fgsm:epsilon=48/255", "--strength", "0.8"]
 QUICK += ["--most-features", "64", "--inverse-penalty", "0.001"]
@@ -62,15 +59,9 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory) -> Path:
+def store(digits_store) -> Path:
     """A store with a small classifier of digits, trained for real."""
-    root = tmp_path_factory.mktemp("resume") / "store"
-    spec = InputSpec(shape=(1, 32, 32), mode="L", resize="bilinear")
-    dataset = load_dataset(["digits"], spec, labels=None, split_seed=0)
-    network = train(dataset.fit, lambda stage, done, total: None)
-    declared = Declaration(shape=spec.shape, resize="bilinear", labels=dataset.labels)
-    register(Store.open(root / "models"), "digits", network, declared)
-    return root
+    return digits_store
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from service.resources import DiskTooSmall, FitSize, MemoryTooSmall, check_disk, check_memory, memory_available
+from service.fit_size import CoophanceSize, NipSize
+from service.resources import DiskTooSmall, MemoryTooSmall, check_disk, check_memory, memory_available
 
 MIB, GIB = 2**20, 2**30
 
-CIFAR = FitSize(
+CIFAR = CoophanceSize(
     image_shape=(3, 32, 32),
     fit=50_000,
     validation=2_000,
@@ -103,6 +104,39 @@ def test_too_little_disk_is_told_and_what_is_kept_already_counts(tmp_path, monke
         assert part in str(error), part
     check_disk(CIFAR, tmp_path, kept=1)
     check_disk(CIFAR, tmp_path, kept=2 * needed)
+
+
+POOL = NipSize(
+    image_shape=(3, 32, 32),
+    test=6_000,
+    attacks=4,
+    test_examples=300,
+    batch_size=128,
+    candidates=50_000,
+    pool=300 * MIB,
+    classifier_pass=770_000,
+    classifier_weights=1_100_000,
+)
+
+
+def test_the_arithmetic_of_a_pool_is_the_one_described():
+    assert POOL.crafted.size == 4 * 300 * (5 * 3072 + 18)
+    assert POOL.graph.size == 8 * 300 * MIB + 4 * 1_100_000
+    assert POOL.nearest.size == 300 * MIB + 12 * 128 * 50_000 + 1_100_000
+    assert POOL.attack.size == 2 * 128 * 770_000 + 1_100_000
+    assert replace(POOL, test=20).crafted.size == 4 * 20 * (5 * 3072 + 18)
+    assert sum(part.size for part in POOL.stored) == 4 * 300 * (4 * 3072 + 18) + 5 * 300 * MIB + 2 * 1_100_000
+
+
+def test_too_large_a_pool_is_told_with_what_lowers_it(tmp_path):
+    told = r"2\.3 GiB, is for the graph that holds the pool: fewer --candidates, a smaller --eta or --precision float16"
+    with pytest.raises(MemoryTooSmall, match=told) as caught:
+        check_memory(POOL, available=GIB)
+    assert caught.value.needed == 300 * MIB + POOL.crafted.size + POOL.graph.size
+    check_memory(POOL, available=caught.value.needed)
+    with pytest.raises(MemoryTooSmall, match=r"of memory on the GPU, .* is for the search for the nearest candidates"):
+        check_memory(POOL, available=10 * GIB, device_available=100 * MIB)
+    check_disk(POOL, tmp_path, kept=10 * GIB)
 
 
 def test_the_memory_of_this_machine_is_known():

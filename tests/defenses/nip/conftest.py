@@ -8,10 +8,11 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from defenses.classifier import Classifier
-from defenses.coophance import Inspector, InspectorConfig, LabelledImages, Splits
+from defenses.coophance import Inspector, InspectorConfig
 from defenses.nip import InversePerturbation, NipPlan, build_pool, head_behind
 from defenses.onnx_import import canonicalise
 from defenses.onnx_trace import export_classifier
+from defenses.splits import LabelledImages, Splits
 
 CPU = torch.device("cpu")
 SHAPE = (1, 8, 8)

@@ -7,7 +7,6 @@ import torch
 
 from defenses.attacks import AttackUnknown
 from defenses.classifier import LayerNotFound
-from defenses.coophance import LabelledImages
 from defenses.nip import (
     FittedNip,
     LayerUnsuitable,
@@ -21,6 +20,7 @@ from defenses.nip import (
 )
 from defenses.nip.inverse_perturbation import moved
 from defenses.onnx_export import check_export, export_protected
+from defenses.splits import LabelledImages
 from defenses.stages import Stages
 
 CPU = torch.device("cpu")

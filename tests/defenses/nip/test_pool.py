@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from defenses.classifier import Classifier
-from defenses.coophance import LabelledImages
 from defenses.nip import (
     InversePerturbation,
     NipPlan,
@@ -17,6 +16,7 @@ from defenses.nip import (
 )
 from defenses.onnx_import import canonicalise
 from defenses.onnx_trace import export_classifier
+from defenses.splits import LabelledImages
 
 CPU = torch.device("cpu")
 
