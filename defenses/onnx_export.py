@@ -15,6 +15,7 @@ from torch import Tensor
 
 from defenses.detector import Evidence, NoDetector
 from defenses.onnx_parity import session
+from defenses.onnx_torch.graph import default_opset
 from defenses.onnx_trace import OLDEST_WRITTEN, export_module
 from defenses.protected import ProtectedClassifier
 
@@ -40,8 +41,8 @@ def export_protected(protected: ProtectedClassifier) -> onnx.ModelProto:
     purifier, classifier = protected.purifier, protected.classifier
     purifier.check_exportable()
     shape = classifier.image_shape
-    classifier_graph = _brought_within(classifier.model)
-    opset = _opset(classifier_graph)
+    classifier_graph = brought_within(classifier.model)
+    opset = default_opset(classifier_graph)
     image, noise = torch.rand(2, *shape), torch.ones(())
     inputs = {"image": image, "noise_scale": noise}
     seen = {name: name for name in (*inputs, "purified")}
@@ -232,15 +233,10 @@ def _alert(dimensions: int) -> list[NodeProto]:
     ]
 
 
-def _brought_within(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a classifier's graph in an opset that the noise can be written and run in."""
-    opset = min(max(_opset(model), OLDEST_WRITTEN), NEWEST_WITH_NOISE)
-    return model if opset == _opset(model) else onnx.version_converter.convert_version(model, opset)
-
-
-def _opset(model: onnx.ModelProto) -> int:
-    version: int = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    return version
+def brought_within(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a classifier's graph in an opset that parts can be written in and the noise be run in."""
+    opset = min(max(default_opset(model), OLDEST_WRITTEN), NEWEST_WITH_NOISE)
+    return model if opset == default_opset(model) else onnx.version_converter.convert_version(model, opset)
 
 
 def _instance(
