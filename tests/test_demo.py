@@ -44,7 +44,11 @@ def test_the_demonstration_keeps_its_promise_and_says_what_to_try(first_run):
 def test_a_second_start_reuses_the_store_and_the_printed_curl_line_works(first_run, stop):
     folder, _ = first_run
     process = subprocess.Popen(
-        [*PORTCULLIS, "demo", "--folder", str(folder), "--port", "18000"], stdout=subprocess.PIPE, text=True
+        [*PORTCULLIS, "demo", "--folder", str(folder), "--port", "18000"],
+        stdout=subprocess.PIPE,
+        text=True,
+        # What is run in a shell's background ignores the interrupt, and hands that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         start = time.monotonic()
