@@ -12,13 +12,18 @@ from defenses.classifier import Classifier
 from defenses.coophance.inspector import Inspector, InspectorConfig
 from defenses.coophance.regulator import Regulator, RegulatorConfig
 from defenses.detector import NoDetector
+from defenses.judge import AlertedAnswer
+from defenses.nip.correction import CorrectionConfig, InverseCorrection
 from defenses.nip.head import head_behind
 from defenses.nip.inverse_perturbation import InversePerturbation, InversePerturbationConfig
+from defenses.nip.response import Pushing, ResponseConfig, ResponseJudge
 from defenses.protected import ProtectedClassifier
 
 REGULATOR = "regulator.safetensors"
 INVERSE_PERTURBATION = "inverse_perturbation.safetensors"
 INSPECTOR = "inspector.safetensors"
+RESPONSE = "response.safetensors"
+CORRECTION = "correction.json"
 
 
 class CheckpointUnreadable(ValueError):
@@ -30,13 +35,13 @@ class CheckpointUnreadable(ValueError):
 
 
 class PoolMismatch(ValueError):
-    """A pool of inverse perturbations was made for another classifier; ``fitted`` and ``found`` are what differs."""
+    """A NIP defense was made for another classifier; ``fitted`` and ``found`` are what differs."""
 
     def __init__(self, path: Path, what: str, fitted: object, found: object) -> None:
         self.path = path
         self.fitted = fitted
         self.found = found
-        super().__init__(f"The pool in {path} was made for {what} {fitted}, but the classifier has {found}.")
+        super().__init__(f"The defense in {path} was made for {what} {fitted}, but the classifier has {found}.")
 
 
 def save_regulator(regulator: Regulator, folder: Path) -> None:
@@ -55,43 +60,92 @@ def load_regulator(folder: Path) -> Regulator:
 def save_protected(protected: ProtectedClassifier, folder: Path) -> None:
     """Write the parts of a defense into ``folder``; the classifier stays outside.
 
-    They are a Regulator and an Inspector (CoopHANCE), or an inverse perturbation with an Inspector or without a
-    detector (NIP). Raises ``TypeError`` for other parts.
+    They are a Regulator and an Inspector (CoopHANCE), these with a correction, a push and what is concluded from it, or
+    an inverse perturbation with an Inspector or without a detector (NIP). Raises ``TypeError`` for other parts.
     """
-    purifier, detector = protected.purifier, protected.detector
-    match purifier, detector:
-        case (Regulator(), Inspector()) | (InversePerturbation(), Inspector() | NoDetector()):
-            folder.mkdir(parents=True, exist_ok=True)
+    parts = (protected.purifier, protected.detector, protected.corrector, protected.judge)
+    folder.mkdir(parents=True, exist_ok=True)
+    match parts:
+        case Regulator() as regulator, Inspector(), None | InverseCorrection(), _:
+            save_regulator(regulator, folder)
+        case InversePerturbation() as purifier, Inspector() | NoDetector() as detector, None, _:
+            inspected = isinstance(detector, Inspector)
+            _save(purifier, {**purifier.config.as_json(), "inspected": inspected}, folder / INVERSE_PERTURBATION)
+        case Pushing() as pushing, NoDetector(), None, ResponseJudge() as judge:
+            _save(_response(pushing, judge), pushing.config.as_json(), folder / RESPONSE)
         case _:
-            raise TypeError(
-                "Expected a Regulator and an Inspector, or an InversePerturbation with an Inspector or NoDetector, "
-                f"got {type(purifier).__name__} and {type(detector).__name__}."
-            )
-    if isinstance(purifier, Regulator):
-        save_regulator(purifier, folder)
-    else:
-        assert isinstance(purifier, InversePerturbation)
-        inspected = isinstance(detector, Inspector)
-        _save(purifier, {**purifier.config.as_json(), "inspected": inspected}, folder / INVERSE_PERTURBATION)
-    if isinstance(detector, Inspector):
-        config = {**detector.config.as_json(), "threshold": protected.threshold.tolist()}
-        _save(detector, config, folder / INSPECTOR)
+            names = ", ".join(type(part).__name__ for part in parts)
+            raise TypeError(f"Expected the parts of a defense that can be kept, got {names}.")
+    if isinstance(protected.detector, Inspector):
+        config = {**protected.detector.config.as_json(), "threshold": protected.threshold.tolist()}
+        _save(protected.detector, config, folder / INSPECTOR)
+    if isinstance(protected.corrector, InverseCorrection):
+        (folder / CORRECTION).write_text(json.dumps(protected.corrector.config.as_json()))
 
 
 def load_protected(classifier: Classifier, folder: Path) -> ProtectedClassifier:
     """Put ``classifier`` behind the defense kept in ``folder``, in evaluation mode.
 
-    Raises ``CheckpointUnreadable``, and of an inverse perturbation ``PoolMismatch`` and ``LayerNotFound``.
+    Raises ``CheckpointUnreadable``, and of a defense that was made for another classifier ``PoolMismatch`` and
+    ``LayerNotFound``.
     """
+    if (folder / RESPONSE).exists():
+        pushing, judge = _load_response(classifier, folder / RESPONSE)
+        return ProtectedClassifier(classifier, pushing, NoDetector(), judge=judge).eval()
     if not (folder / INVERSE_PERTURBATION).exists():
         if not (folder / REGULATOR).exists():
-            raise CheckpointUnreadable(folder, f"it holds neither {REGULATOR} nor {INVERSE_PERTURBATION}")
+            raise CheckpointUnreadable(folder, f"it holds none of {REGULATOR}, {INVERSE_PERTURBATION} and {RESPONSE}")
         inspector, threshold = _load_inspector(folder / INSPECTOR)
-        return ProtectedClassifier(classifier, load_regulator(folder), inspector, threshold).eval()
+        regulator = load_regulator(folder)
+        if not (folder / CORRECTION).exists():
+            return ProtectedClassifier(classifier, regulator, inspector, threshold).eval()
+        corrector = _load_correction(classifier, folder / CORRECTION)
+        return ProtectedClassifier(
+            classifier, regulator, inspector, threshold, judge=AlertedAnswer(), corrector=corrector
+        ).eval()
     purifier, inspected = _load_inverse_perturbation(classifier, folder / INVERSE_PERTURBATION)
     if not inspected:
         return ProtectedClassifier(classifier, purifier, NoDetector()).eval()
     return ProtectedClassifier(classifier, purifier, *_load_inspector(folder / INSPECTOR)).eval()
+
+
+def _response(pushing: Pushing, judge: ResponseJudge) -> nn.Module:
+    return nn.ModuleDict({"push": pushing, "judge": judge})
+
+
+def _load_response(classifier: Classifier, path: Path) -> tuple[Pushing, ResponseJudge]:
+    try:
+        config = ResponseConfig.from_json(_config(path))
+    except (KeyError, TypeError) as error:
+        raise CheckpointUnreadable(path, f"its configuration is not that of a response: {error}") from error
+    _check_fits(path, classifier, config.image_shape, config.classes)
+    if config.layer is not None:
+        classifier.resolve_layer(config.layer)
+    pushing, judge = Pushing(config), ResponseJudge(config.classes)
+    _load(_response(pushing, judge), path)
+    if not all(values.isfinite().all() for values in (*pushing.buffers(), *judge.buffers())):
+        raise CheckpointUnreadable(path, "its values are not finite")
+    return pushing.eval(), judge.eval()
+
+
+def _load_correction(classifier: Classifier, path: Path) -> InverseCorrection:
+    try:
+        config = CorrectionConfig.from_json(json.loads(path.read_text()))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointUnreadable(path, f"its configuration is not that of a correction: {error}") from error
+    layer = classifier.resolve_layer(config.layer)
+    if layer.shape != config.shape:
+        raise PoolMismatch(path, f"the layer {config.layer!r} of shape", config.shape, layer.shape)
+    return InverseCorrection(config, classifier, head_behind(classifier, layer)).eval()
+
+
+def _check_fits(path: Path, classifier: Classifier, image_shape: tuple[int, ...], classes: int) -> None:
+    for what, fitted, found in (
+        ("images of shape", image_shape, classifier.image_shape),
+        ("so many classes:", classes, classifier.classes),
+    ):
+        if fitted != found:
+            raise PoolMismatch(path, what, fitted, found)
 
 
 def _load_inspector(path: Path) -> tuple[Inspector, float | list[float]]:
@@ -113,13 +167,9 @@ def _load_inverse_perturbation(classifier: Classifier, path: Path) -> tuple[Inve
             path, f"its configuration is not that of an inverse perturbation: {error}"
         ) from error
     layer = classifier.resolve_layer(config.layer)
-    for what, fitted, found in (
-        (f"the layer {config.layer!r} of shape", config.shape, layer.shape),
-        ("images of shape", config.image_shape, classifier.image_shape),
-        ("so many classes:", config.classes, classifier.classes),
-    ):
-        if fitted != found:
-            raise PoolMismatch(path, what, fitted, found)
+    if config.shape != layer.shape:
+        raise PoolMismatch(path, f"the layer {config.layer!r} of shape", config.shape, layer.shape)
+    _check_fits(path, classifier, config.image_shape, config.classes)
     purifier = InversePerturbation(config, head_behind(classifier, layer))
     _load(purifier, path)
     if not all(values.isfinite().all() for values in (purifier.pool.perturbations, purifier.pool.keys)):

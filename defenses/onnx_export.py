@@ -14,6 +14,8 @@ from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from torch import Tensor
 
 from defenses.detector import Evidence, NoDetector
+from defenses.judge import PurifiedAnswer
+from defenses.onnx_composition import initializers_of, instance, largest, value_info, wrapped
 from defenses.onnx_parity import session
 from defenses.onnx_torch.graph import default_opset
 from defenses.onnx_trace import OLDEST_WRITTEN, export_module
@@ -26,7 +28,11 @@ EXTERNAL_DATA_BYTES = 2**30
 
 RAW: Mapping[str, str] = MappingProxyType({"image": "image", "logits": "undefended_logits"})
 PURIFIED: Mapping[str, str] = MappingProxyType({"image": "purified", "logits": "logits"})
-"""What the ends of the classifier's graph are called in its two passes; all between has the pass's name before it."""
+JUDGED: Mapping[str, str] = MappingProxyType({"image": "purified", "logits": "purified_logits"})
+"""What the ends of the classifier's graph are called in its two passes; all between has the pass's name before it.
+
+Where the logits of the purified image are not what is answered they have a name of their own.
+"""
 
 
 def export_protected(protected: ProtectedClassifier) -> onnx.ModelProto:
@@ -34,9 +40,10 @@ def export_protected(protected: ProtectedClassifier) -> onnx.ModelProto:
 
     Input ``image``: FP32 (N, C, H, W) in [0, 1]. Outputs: ``logits`` FP32 (N, K), ``class_index`` INT64 (N,),
     ``score`` FP32 (N,), ``alert`` BOOL (N,), ``undefended_logits``, ``undefended_class_index`` and ``purified``; no
-    ``score`` and no ``alert`` where there is no detector. ``noise_scale`` is an initializer that a caller may override,
-    1 by default; 0 switches all noise off. The classifier's nodes stand in the graph twice, on the raw and on the
-    purified image, and share their weights. Raises ``PurifierNotExportable`` and ``ExportFailed``.
+    ``score`` and no ``alert`` where there is no detector. A corrector is no part of it. ``noise_scale`` is an
+    initializer that a caller may override, 1 by default; 0 switches all noise off. The classifier's nodes stand in the
+    graph twice, on the raw and on the purified image, and share their weights. Raises ``PurifierNotExportable`` and
+    ``ExportFailed``.
     """
     purifier, classifier = protected.purifier, protected.classifier
     purifier.check_exportable()
@@ -52,27 +59,51 @@ def export_protected(protected: ProtectedClassifier) -> onnx.ModelProto:
         inputs |= {"activations": shown.activations[purifier.layer].clone(), "undefended_logits": shown.logits}
         seen |= {"activations": _tap(protected, purifier.layer, "raw"), "undefended_logits": "undefended_logits"}
     purifier_graph = export_module(purifier, inputs, "purified", opset)
-    purifying = _instance(purifier_graph, "purifier/", seen)
-    raw = _instance(classifier_graph, "raw/", RAW, shared="classifier/")
+    purifying = instance(purifier_graph, "purifier/", seen)
+    raw = instance(classifier_graph, "raw/", RAW, shared="classifier/")
+    ends = ends_of(protected)
     detecting = _Detecting.export(protected, image, opset)
+    judging = _judging(protected, opset)
     nodes = [
         *([*purifying, *raw] if purifier.layer is None else [*raw, *purifying]),
-        *_instance(classifier_graph, "purified/", PURIFIED, shared="classifier/"),
+        *instance(classifier_graph, "purified/", ends, shared="classifier/"),
         *detecting.before,
-        _largest("logits", "class_index"),
-        _largest("undefended_logits", "undefended_class_index"),
-        *detecting.after,
+        *(detecting.after if judging else []),
+        *(instance(judging, "judge/", _JUDGE) if judging else []),
+        largest("logits", "class_index"),
+        largest("undefended_logits", "undefended_class_index"),
+        *([] if judging else detecting.after),
     ]
     initializers = [
-        *_initializers(purifier_graph, "purifier/"),
-        *_initializers(classifier_graph, "classifier/"),
+        *initializers_of(purifier_graph, "purifier/"),
+        *initializers_of(classifier_graph, "classifier/"),
+        *(initializers_of(judging, "judge/") if judging else []),
         *detecting.initializers,
         helper.make_tensor("noise_scale", TensorProto.FLOAT, [], [1.0]),
     ]
-    graph_inputs = [_value("image", TensorProto.FLOAT, "N", *shape), _value("noise_scale", TensorProto.FLOAT)]
+    graph_inputs = [value_info("image", TensorProto.FLOAT, "N", *shape), value_info("noise_scale", TensorProto.FLOAT)]
     outputs = _outputs(classifier.classes, shape, detected=bool(detecting.graphs))
     graph = helper.make_graph(nodes, "protected", graph_inputs, outputs, initializers)
-    return _model(graph, (purifier_graph, classifier_graph, *detecting.graphs))
+    return wrapped(graph, (purifier_graph, classifier_graph, *detecting.graphs, *([judging] if judging else [])))
+
+
+_JUDGE: Mapping[str, str] = MappingProxyType(
+    {name: name for name in ("undefended_logits", "purified_logits", "alert", "logits")}
+)
+
+
+def ends_of(protected: ProtectedClassifier) -> Mapping[str, str]:
+    """Return what the ends of the purified pass are called in a protected classifier's graph."""
+    return PURIFIED if isinstance(protected.judge, PurifiedAnswer) else JUDGED
+
+
+def _judging(protected: ProtectedClassifier, opset: int) -> onnx.ModelProto | None:
+    """Return the judge's graph, None where the purified image's logits are answered as they are."""
+    if isinstance(protected.judge, PurifiedAnswer):
+        return None
+    logits = torch.rand(2, protected.classifier.classes)
+    inputs = {"undefended_logits": logits, "purified_logits": logits + 1, "alert": torch.tensor([False, True])}
+    return export_module(protected.judge, inputs, "logits", opset)
 
 
 @dataclass(frozen=True)
@@ -93,15 +124,16 @@ class _Detecting:
             seen = protected.evidence(image)
         evidence = Evidence(seen.activations, seen.logits, seen.logits + 1, torch.ones(2))
         graph = export_module(detector, evidence._asdict(), "score", opset)
-        names = {name: name for name in ("logits", "undefended_logits", "distance", "score")}
+        names = {name: name for name in ("undefended_logits", "distance", "score")}
+        names["logits"] = ends_of(protected)["logits"]
         if detector.layer is not None:
             names["activations"] = _tap(protected, detector.layer, detector.inspects)
         return cls(
             [graph],
-            [*_distance(), *_instance(graph, "detector/", names)],
+            [*_distance(), *instance(graph, "detector/", names)],
             _alert(protected.threshold.ndim),
             [
-                *_initializers(graph, "detector/"),
+                *initializers_of(graph, "detector/"),
                 numpy_helper.from_array(protected.threshold.numpy(), "threshold"),
                 helper.make_tensor("columns", TensorProto.INT64, [1], [1]),
             ],
@@ -125,9 +157,9 @@ def check_export(model: onnx.ModelProto, protected: ProtectedClassifier, x: Tens
 
     Returns the largest difference among logits, scores, purified image and bare logits, each relative to the larger
     of 1 and its own largest value; scores only where there is a detector. Torch is given what the graph made of the
-    stage before: the raw pass, the purified image. A purifier that is shown activations may choose by them, and two
-    choices that are equally near may come out either way by rounding: of its images more than half have to agree, and
-    the others are compared from their purified form on. Raises ``ExportBroken`` above ``tolerance``.
+    stage before: the raw pass, the purified image. A purifier that is shown activations may choose by them, and a judge
+    chooses, and two choices that are equally near may come out either way by rounding: of such images more than half
+    have to agree, and the others are compared from their purified form on. Raises ``ExportBroken`` above ``tolerance``.
     """
     values = _run(model, protected, x)
     raw, layer = protected.raw_pass(x), protected.purifier.layer
@@ -140,7 +172,7 @@ def check_export(model: onnx.ModelProto, protected: ProtectedClassifier, x: Tens
     output = protected.answer(x, values["purified"], raw)
     most += [
         _difference("purified", values["purified"], purified, tolerance, chosen=layer is not None),
-        _difference("logits", values["logits"], output.logits, tolerance),
+        _difference("logits", values["logits"], output.logits, tolerance, chosen=ends_of(protected) is JUDGED),
     ]
     if "score" in values:
         most.append(_difference("score", values["score"], output.scores, tolerance))
@@ -180,38 +212,21 @@ def save_graph(model: onnx.ModelProto, path: Path) -> None:
 
 
 def _outputs(classes: int, shape: tuple[int, int, int], *, detected: bool) -> list[ValueInfoProto]:
-    scored = [_value("score", TensorProto.FLOAT, "N"), _value("alert", TensorProto.BOOL, "N")]
+    scored = [value_info("score", TensorProto.FLOAT, "N"), value_info("alert", TensorProto.BOOL, "N")]
     return [
-        _value("logits", TensorProto.FLOAT, "N", classes),
-        _value("class_index", TensorProto.INT64, "N"),
+        value_info("logits", TensorProto.FLOAT, "N", classes),
+        value_info("class_index", TensorProto.INT64, "N"),
         *(scored if detected else []),
-        _value("undefended_logits", TensorProto.FLOAT, "N", classes),
-        _value("undefended_class_index", TensorProto.INT64, "N"),
-        _value("purified", TensorProto.FLOAT, "N", *shape),
+        value_info("undefended_logits", TensorProto.FLOAT, "N", classes),
+        value_info("undefended_class_index", TensorProto.INT64, "N"),
+        value_info("purified", TensorProto.FLOAT, "N", *shape),
     ]
-
-
-def _model(graph: onnx.GraphProto, parts: Sequence[onnx.ModelProto]) -> onnx.ModelProto:
-    """Wrap a graph with the opsets and the IR version that its parts need, and check it."""
-    domains = {entry.domain: entry.version for part in parts for entry in part.opset_import}
-    model = helper.make_model(
-        graph,
-        opset_imports=[helper.make_opsetid(domain, version) for domain, version in domains.items()],
-        ir_version=max(part.ir_version for part in parts),
-        producer_name="portcullis",
-    )
-    onnx.checker.check_model(model)
-    return model
 
 
 def _tap(protected: ProtectedClassifier, layer: str, seen_pass: Literal["raw", "purified"]) -> str:
     """Return what a layer's value is called in one pass of the classifier."""
     name = protected.classifier.resolve_layer(layer).name
-    return (RAW if seen_pass == "raw" else PURIFIED).get(name, f"{seen_pass}/{name}")
-
-
-def _largest(logits: str, class_index: str) -> NodeProto:
-    return helper.make_node("ArgMax", [logits], [class_index], class_index, axis=1, keepdims=0)
+    return (RAW if seen_pass == "raw" else ends_of(protected)).get(name, f"{seen_pass}/{name}")
 
 
 def _distance() -> list[NodeProto]:
@@ -237,41 +252,3 @@ def brought_within(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a classifier's graph in an opset that parts can be written in and the noise be run in."""
     opset = min(max(default_opset(model), OLDEST_WRITTEN), NEWEST_WITH_NOISE)
     return model if opset == default_opset(model) else onnx.version_converter.convert_version(model, opset)
-
-
-def _instance(
-    model: onnx.ModelProto, prefix: str, names: Mapping[str, str], shared: str | None = None
-) -> Sequence[NodeProto]:
-    """Copy a graph's nodes with every value renamed: by ``names``, else by prefix; weights by ``shared``."""
-    weights = {tensor.name for tensor in model.graph.initializer}
-
-    def renamed(name: str) -> str:
-        if not name:
-            return name
-        if name in weights:
-            return (shared or prefix) + name
-        return names.get(name, prefix + name)
-
-    nodes = []
-    for original in model.graph.node:
-        node = NodeProto()
-        node.CopyFrom(original)
-        node.name = prefix + node.name
-        node.input[:] = [renamed(name) for name in original.input]
-        node.output[:] = [renamed(name) for name in original.output]
-        nodes.append(node)
-    return nodes
-
-
-def _initializers(model: onnx.ModelProto, prefix: str) -> Sequence[TensorProto]:
-    tensors = []
-    for original in model.graph.initializer:
-        tensor = TensorProto()
-        tensor.CopyFrom(original)
-        tensor.name = prefix + tensor.name
-        tensors.append(tensor)
-    return tensors
-
-
-def _value(name: str, kind: int, *shape: str | int) -> ValueInfoProto:
-    return helper.make_tensor_value_info(name, kind, list(shape))

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from defenses.classifier import Classifier
+from defenses.corrector import Corrector
 from defenses.detector import Detector, Evidence, NoDetector
+from defenses.judge import Judge, PurifiedAnswer
 from defenses.onnx_import import LOGITS
 from defenses.purifier import Purifier
 
@@ -16,8 +18,8 @@ from defenses.purifier import Purifier
 class Output(NamedTuple):
     """What a protected classifier says of a batch of N images.
 
-    ``logits`` (N, K) of the purified images, ``scores`` (N,) with higher meaning more likely adversarial, ``alerts``
-    (N,) bool, ``purified`` (N, C, H, W) in [0, 1], and the bare classifier's ``undefended_logits`` (N, K).
+    ``logits`` (N, K) are what is answered, ``scores`` (N,) with higher meaning more likely adversarial, ``alerts`` (N,)
+    bool, ``purified`` (N, C, H, W) in [0, 1], and the bare classifier's ``undefended_logits`` (N, K).
     """
 
     logits: Tensor
@@ -37,10 +39,12 @@ class Pass(NamedTuple):
 class ProtectedClassifier(nn.Module):
     """Put a classifier behind a purifier and a detector.
 
-    ``threshold`` is the score above which an image is alerted: one for all, or one for each class that the protected
-    classifier may answer, (K,); with ``NoDetector`` it is infinite. The raw pass through the classifier is shared by
-    the purifier, the detector and the bare answer, whichever layers they look at.
-    Raises ``ValueError`` for a finite threshold without a detector.
+    The ``judge`` says what is answered: unless told otherwise the logits of the purified image. A ``corrector`` takes
+    its place on the images that are alerted, with a purified image and logits of its own. ``threshold`` is the score
+    above which an image is alerted: one for all, or one for each class that the protected classifier may answer, (K,);
+    with ``NoDetector`` it is infinite. The raw pass through the classifier is shared by the purifier, the detector and
+    the bare answer, whichever layers they look at. Raises ``ValueError`` for a finite threshold without a detector, and
+    for one for each class beside a judge, since the class that is answered is then known only after the alert.
     """
 
     threshold: Tensor
@@ -51,19 +55,27 @@ class ProtectedClassifier(nn.Module):
         purifier: Purifier,
         detector: Detector,
         threshold: float | Sequence[float] = math.inf,
+        *,
+        judge: Judge | None = None,
+        corrector: Corrector | None = None,
     ) -> None:
         super().__init__()
         if isinstance(detector, NoDetector) and threshold != math.inf:
             raise ValueError(f"Expected an infinite threshold where there is no detector, got {threshold}.")
+        if judge is not None and not isinstance(threshold, float):
+            raise ValueError(f"Expected one threshold for all classes beside a judge, got {threshold}.")
         self.classifier = classifier
         self.purifier = purifier
         self.detector = detector
+        self.judge = judge or PurifiedAnswer()
+        self.corrector = corrector
         self.register_buffer("threshold", torch.tensor(threshold))
 
     def forward(self, x: Tensor, noise_scale: Tensor | None = None) -> Output:
         """Return the ``Output`` for images (N, C, H, W) in [0, 1]; ``noise_scale`` (scalar, 1 unless given)."""
         raw = self.raw_pass(x)
-        return self.answer(x, self._purify(x, raw, noise_scale), raw)
+        judged = self.answer(x, self._purify(x, raw, noise_scale), raw)
+        return judged if self.corrector is None else self._corrected(self.corrector, judged, noise_scale)
 
     def raw_pass(self, x: Tensor) -> Pass:
         """Return what the purifier, the detector and the bare answer need of the images as they are, from one pass."""
@@ -71,11 +83,13 @@ class ProtectedClassifier(nn.Module):
         return self._pass(x, self.purifier.layer, detector.layer if detector.inspects == "raw" else None)
 
     def answer(self, x: Tensor, x_purified: Tensor, raw: Pass) -> Output:
-        """Return the ``Output`` for images whose purified form and ``raw_pass`` are known."""
+        """Return the ``Output`` for images whose purified form and ``raw_pass`` are known, none of them corrected."""
         evidence = self._look(x, x_purified, raw)
         scores = self.detector(*evidence)
         threshold = self.threshold[evidence.logits.argmax(1)] if self.threshold.ndim else self.threshold
-        return Output(evidence.logits, scores, scores > threshold, x_purified, evidence.undefended_logits)
+        alerts = scores > threshold
+        logits = self.judge(evidence.undefended_logits, evidence.logits, alerts)
+        return Output(logits, scores, alerts, x_purified, evidence.undefended_logits)
 
     def evidence(self, x: Tensor) -> Evidence:
         """Return what the detector is shown of images (N, C, H, W) in [0, 1], noise on."""
@@ -100,11 +114,20 @@ class ProtectedClassifier(nn.Module):
         distance = (x_purified - x).flatten(1).norm(dim=1)
         return Evidence(activations, purified.logits, raw.logits, distance)
 
+    def _corrected(self, corrector: Corrector, judged: Output, noise_scale: Tensor | None) -> Output:
+        (rows,) = judged.alerts.nonzero(as_tuple=True)
+        if not len(rows):
+            return judged
+        corrected = corrector(
+            judged.purified[rows], judged.undefended_logits[rows], _scale(noise_scale, judged.purified)
+        )
+        logits = judged.logits.index_copy(0, rows, corrected.logits)
+        return judged._replace(logits=logits, purified=judged.purified.index_copy(0, rows, corrected.purified))
+
     def _purify(self, x: Tensor, raw: Pass | None, noise_scale: Tensor | None) -> Tensor:
         layer = self.purifier.layer
         shown = () if layer is None or raw is None else (raw.activations[layer], raw.logits)
-        scale = torch.ones((), device=x.device) if noise_scale is None else noise_scale
-        purified: Tensor = self.purifier(x, scale, *shown)
+        purified: Tensor = self.purifier(x, _scale(noise_scale, x), *shown)
         return purified
 
     def _pass(self, x: Tensor, *layers: str | None) -> Pass:
@@ -117,3 +140,7 @@ class ProtectedClassifier(nn.Module):
 
 def _nothing(x: Tensor) -> Tensor:
     return x.new_zeros(len(x), 0)
+
+
+def _scale(noise_scale: Tensor | None, x: Tensor) -> Tensor:
+    return torch.ones((), device=x.device) if noise_scale is None else noise_scale

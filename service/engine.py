@@ -107,7 +107,11 @@ class Engine:
 
     def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Return each output by name for images (N, C, H, W) float32 in [0, 1]."""
-        values = self._session.run(self._outputs, {"image": images, **self._fixed})
+        return self.feed(image=images)
+
+    def feed(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        """Return each output by name for inputs by name."""
+        values = self._session.run(self._outputs, {**inputs, **self._fixed})
         return dict(zip(self._outputs, values, strict=True))
 
 

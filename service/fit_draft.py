@@ -1,11 +1,23 @@
 """What is recorded about a fitted defense, and about its Regulator."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from defenses.attacks import AdversarialExamples
 from defenses.coophance import FitPlan, Fitted, Regulator
-from defenses.nip import FittedNip, InversePerturbation, NipPlan
+from defenses.nip import (
+    FittedGate,
+    FittedNip,
+    FittedResponse,
+    GatedPlan,
+    InverseCorrection,
+    InversePerturbation,
+    NipPlan,
+    Pushing,
+    ResponsePlan,
+)
 from model_store import AttackRecord, DataRecord, Draft, FalsePositiveRate, Fetched, Manifest, Parent
 from service.datasets import Dataset
 from service.libraries import library_versions
@@ -29,15 +41,7 @@ def coophance_draft(
             realised=fitted.metrics["false_positive_rate"],
             evaluated_on=len(dataset.test.targets),
         ),
-        attacks=tuple(
-            AttackRecord(
-                name=each.attack.name,
-                parameters=dict(each.attack.parameters),
-                examples=int(each.fooled.sum()),
-                success_rate=each.success_rate,
-            )
-            for each in fitted.examples
-        ),
+        attacks=_attacks(fitted.examples),
         metrics=fitted.metrics,
         options={**_coophance_options(plan, fitted), FIT: fit},
         seed=plan.seed,
@@ -54,6 +58,68 @@ def nip_draft(
         kind="nip",
         metrics=fitted.metrics,
         options={**_nip_options(plan, fitted), FIT: fit},
+        seed=plan.seed,
+        command=command,
+    )
+
+
+def response_draft(
+    classifier: Fetched, dataset: Dataset, plan: ResponsePlan, fitted: FittedResponse, *, fit: str, command: str
+) -> Draft:
+    """Return what is recorded about a defense by response, which was fitted on no attack and has no threshold."""
+    pushing = fitted.protected.purifier
+    assert isinstance(pushing, Pushing)
+    options = {
+        "plan": asdict(plan),
+        "configuration": pushing.config.as_json(),
+        "response": fitted.response.as_json(),
+        "substitute": fitted.substitute,
+        "seconds": dict(fitted.seconds),
+    }
+    return Draft(
+        **_common(classifier, dataset, {"head": fitted.layer.name} if fitted.layer else {}),
+        kind="nip",
+        metrics=fitted.metrics,
+        options={**_plain(options), FIT: fit},
+        seed=plan.seed,
+        command=command,
+    )
+
+
+def gated_draft(
+    classifier: Fetched,
+    dataset: Dataset,
+    plan: GatedPlan,
+    fitted: FittedGate,
+    inspector: str,
+    *,
+    fit: str,
+    command: str,
+) -> Draft:
+    """Return what is recorded about a correction behind the alerts of ``inspector``, as NAME@VERSION."""
+    corrector, detector = fitted.protected.corrector, fitted.protected.detector
+    assert isinstance(corrector, InverseCorrection)
+    assert detector.layer is not None
+    options = {
+        "plan": asdict(plan),
+        "configuration": corrector.config.as_json(),
+        "gate": fitted.gate.as_json(),
+        "inspector": inspector,
+        "seconds": dict(fitted.seconds),
+    }
+    return Draft(
+        **_common(classifier, dataset, {"head": fitted.layer.name, "tap": detector.layer}),
+        kind="nip",
+        threshold=fitted.gate.threshold,
+        false_positive_rate=FalsePositiveRate(
+            budget=plan.budget,
+            calibrated_on=fitted.gate.images,
+            realised=fitted.metrics["false_positive_rate"],
+            evaluated_on=len(dataset.test.targets),
+        ),
+        attacks=_attacks(fitted.examples),
+        metrics=fitted.metrics,
+        options={**_plain(options), FIT: fit},
         seed=plan.seed,
         command=command,
     )
@@ -115,8 +181,7 @@ def _coophance_options(plan: FitPlan, fitted: Fitted) -> dict[str, Any]:
     }
     if fitted.training is not None and fitted.trained is not None:
         options["training"] = {**asdict(fitted.training), "curves": fitted.trained.curves}
-    plain: dict[str, Any] = json.loads(json.dumps(options))
-    return plain
+    return _plain(options)
 
 
 def _nip_options(plan: NipPlan, fitted: FittedNip) -> dict[str, Any]:
@@ -131,6 +196,23 @@ def _nip_options(plan: NipPlan, fitted: FittedNip) -> dict[str, Any]:
         "findings": nip_findings(fitted),
         "seconds": dict(fitted.seconds),
     }
+    return _plain(options)
+
+
+def _attacks(examples: Sequence[AdversarialExamples]) -> tuple[AttackRecord, ...]:
+    return tuple(
+        AttackRecord(
+            name=each.attack.name,
+            parameters=dict(each.attack.parameters),
+            examples=int(each.fooled.sum()),
+            success_rate=each.success_rate,
+        )
+        for each in examples
+    )
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options as they are read back from JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(options))
     return plain
 

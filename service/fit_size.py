@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from service.resources import Part
 
 FEWER_EXAMPLES = "fewer --examples take less"
+FEWER_MEASURED = "fewer --test-examples take less"
 SMALLER_BATCH = "a smaller --batch-size takes less"
 SMALLER = "fewer --candidates, a smaller --eta or --precision float16 take less"
 
@@ -152,7 +153,7 @@ class NipSize:
     def crafted(self) -> Part:
         """The examples of every attack: x as uint8, x_adv as float32, and 18 bytes of row, class and success."""
         size = self._examples * (5 * math.prod(self.image_shape) + 18)
-        return Part("the adversarial examples", size, "fewer --test-examples take less")
+        return Part("the adversarial examples", size, FEWER_MEASURED)
 
     @property
     def graph(self) -> Part:
@@ -191,10 +192,52 @@ class NipSize:
         """The stages of pool and examples, and graph and checkpoint as they are written and as they are published."""
         examples = self._examples * (4 * math.prod(self.image_shape) + 18)
         return [
-            Part("the adversarial examples", examples, "fewer --test-examples take less"),
+            Part("the adversarial examples", examples, FEWER_MEASURED),
             Part("the pool, kept and published", 5 * self.pool + 2 * self.classifier_weights, SMALLER),
         ]
 
     @property
     def _examples(self) -> int:
         return self.attacks * min(self.test_examples, self.test)
+
+
+@dataclass(frozen=True)
+class MeasuredSize:
+    """Say how large a fit is that trains nothing: its adversarial examples, and a batch under attack.
+
+    ``examples`` counts those of all attacks, ``image_shape`` is (C, H, W). In bytes: what a pass over one image keeps
+    for the backward pass in the classifier (``defenses.footprint.saved_bytes``), and the weights of all that is
+    exported.
+    """
+
+    image_shape: tuple[int, int, int]
+    examples: int
+    batch_size: int
+    classifier_pass: int
+    weights: int
+
+    @property
+    def held(self) -> Sequence[Part]:
+        """The examples: x as uint8, x_adv as float32, and 18 bytes of row, class and success."""
+        size = self.examples * (5 * math.prod(self.image_shape) + 18)
+        return [Part("the adversarial examples", size, FEWER_MEASURED)]
+
+    @property
+    def turns(self) -> Sequence[Part]:
+        """The weights on their way into the graphs."""
+        return [Part("the graphs", 4 * self.weights, "make room")]
+
+    @property
+    def batches(self) -> Sequence[Part]:
+        """A batch under attack."""
+        batch = self.batch_size * self.classifier_pass
+        return [Part("a batch under attack", PEAK * batch + self.weights, SMALLER_BATCH)]
+
+    @property
+    def stored(self) -> Sequence[Part]:
+        """The stages of the examples, and graphs and checkpoint as they are written and as they are published."""
+        size = self.examples * (4 * math.prod(self.image_shape) + 18)
+        return [
+            Part("the adversarial examples", size, FEWER_MEASURED),
+            Part("the protected classifier", 4 * self.weights, "make room"),
+        ]

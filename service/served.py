@@ -9,6 +9,7 @@ import numpy as np
 
 from model_store import Fetched
 from service.batching import Batcher, BatcherClosed, QueueFull
+from service.correcting import CorrectingEngine
 from service.engine import Answers, Engine, GraphUnloadable, outputs_of
 from service.metrics import Metrics
 from service.p_values import CALIBRATION, CalibrationScores
@@ -18,6 +19,9 @@ from service.verdicts import blank, failed_rows
 logger = logging.getLogger("portcullis")
 
 GRAPH = "model.onnx"
+
+CORRECTION = "correction.onnx"
+"""The second graph of a version that answers alerted images anew."""
 
 
 class DefenseFailed(RuntimeError):
@@ -48,7 +52,7 @@ class ServedModel:
         present = outputs_of(path)
         self.defended = "purified" in present
         wanted = [name for name in _wanted(self.mode, settings) if name in present]
-        self._engine = Engine(path, wanted, device=settings.device, threads=settings.threads, noise=settings.noise)
+        self._engine = _engine(path, wanted, settings, corrects=CORRECTION in fetched.manifest.files)
         self._bare = (
             Engine(path, ["undefended_logits"], device=settings.device, threads=settings.threads)
             if self.defended and (self.mode == "shadow" or settings.on_defense_error == "open")
@@ -71,6 +75,8 @@ class ServedModel:
     def _try_out(self, path: Path) -> None:
         try:
             answers = self._engine.predict(np.zeros((1, *self.manifest.input.shape), np.float32))
+            if isinstance(self._engine, CorrectingEngine):
+                self._engine.try_out(self.manifest.input.shape, len(self.manifest.labels))
         except Exception as error:  # the runtime's own exceptions share no narrower ancestor
             raise GraphUnloadable(path, str(error).strip()) from error
         expected = (1, len(self.manifest.labels))
@@ -137,6 +143,20 @@ class ServedModel:
         scores = None if answers.scores is None else blank(answers.scores, failed)
         purified = None if answers.purified is None else blank(answers.purified, failed)
         return Answers(logits, scores, answers.alerts, bare, purified), failed
+
+
+def _engine(path: Path, outputs: list[str], settings: Settings, *, corrects: bool) -> Engine | CorrectingEngine:
+    """Open a version's graph, or both where it has a second one."""
+    if corrects:
+        return CorrectingEngine(
+            path,
+            path.with_name(CORRECTION),
+            outputs,
+            device=settings.device,
+            threads=settings.threads,
+            noise=settings.noise,
+        )
+    return Engine(path, outputs, device=settings.device, threads=settings.threads, noise=settings.noise)
 
 
 def _wanted(mode: str, settings: Settings) -> list[str]:

@@ -58,7 +58,7 @@ def test_scripts_say_what_they_take(script):
 
 
 def test_the_small_classifier_can_be_registered(tmp_path):
-    model = network(3, 4).eval()
+    model = network((3, 64, 64), 4).eval()
     path = tmp_path / "small.onnx"
     graph = export_classifier(model, (3, 64, 64))
     path.write_bytes(graph.SerializeToString())

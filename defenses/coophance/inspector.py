@@ -19,7 +19,8 @@ class InspectorConfig:
     ``layer`` is the layer's name, ``shape`` that of one image's activations there, ``inspects`` the pass they come
     from. Maps (C, H, W) are averaged over squares of ``pool`` by ``pool`` positions before they are flattened.
     ``fusion`` says whether the regression's decision is weighed with the rest of the evidence; the published Inspector
-    takes it alone.
+    takes it alone. ``asks`` says whose class' regression is asked: that of the purified image's answer or of the raw
+    one's.
     """
 
     layer: str
@@ -28,6 +29,7 @@ class InspectorConfig:
     inspects: Literal["raw", "purified"] = "raw"
     pool: int = 1
     fusion: bool = False
+    asks: Literal["raw", "purified"] = "purified"
 
     @property
     def features(self) -> int:
@@ -60,7 +62,7 @@ def pool_within(shape: tuple[int, ...], most_features: int) -> int:
 
 
 class Inspector(Detector):
-    """Score images by the regression of the class that the protected classifier predicts (section 3.2).
+    """Score images by the regression of the class that is predicted, by default of the purified image (section 3.2).
 
     Returns scores (N,): that regression's decision function, higher meaning more likely adversarial; with a fusion,
     the log odds that the fusion makes of it and of the rest of the evidence.
@@ -80,12 +82,12 @@ class Inspector(Detector):
         return activations.flatten(1)
 
     def decisions(self, activations: Tensor, logits: Tensor) -> Tensor:
-        """Return (N,) the decision function of the regression of each image's predicted class."""
+        """Return (N,) the decision function of the regression of the class that the logits (N, K) give each image."""
         decisions = F.linear(self.features(activations), self.weight, self.bias)
         return decisions.gather(1, logits.argmax(1, keepdim=True)).squeeze(1)
 
     def forward(self, activations: Tensor, logits: Tensor, undefended_logits: Tensor, distance: Tensor) -> Tensor:
-        decisions = self.decisions(activations, logits)
+        decisions = self.decisions(activations, logits if self.config.asks == "purified" else undefended_logits)
         if self.fusion is None:
             return decisions
         seen = Evidence(activations, logits, undefended_logits, distance)

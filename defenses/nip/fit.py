@@ -6,16 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-from defenses.attacks import AdversarialExamples, attack, craft_once
+from defenses.attacks import attack
 from defenses.classifier import Classifier, Layer
 from defenses.detector import NoDetector
 from defenses.evaluation import Progress
-from defenses.evaluation.rates import CleanRow
-from defenses.evaluation.scenario_a import ScenarioA, ScenarioARow
 from defenses.nip.amplitude import Strength, choose_amplitude
 from defenses.nip.head import head_behind
 from defenses.nip.influence import check_layer
 from defenses.nip.inverse_perturbation import InversePerturbation, InversePerturbationConfig, Pool
+from defenses.nip.measured import Measured, measure
 from defenses.nip.plan import NipPlan
 from defenses.nip.pool import BuiltPool, build_pool, check_size
 from defenses.precision import full_precision
@@ -28,10 +27,8 @@ from defenses.stages import Stages
 class FittedNip:
     """A fitted defense on the CPU, in evaluation mode, with what it was measured to do.
 
-    ``left_out`` benign examples gave no gradient. ``clean`` and ``attacks`` were measured on the test split; of each
-    attack's rows ``regulator``, what the purifier does alone, is the defense success rate: the share answered with the
-    true class among the examples that fool the bare classifier. ``test_examples`` are what was measured, for a look.
-    ``seconds`` is what each stage took, however often the fit was taken up again.
+    ``left_out`` benign examples gave no gradient. ``seconds`` is what each stage took, however often the fit was taken
+    up again.
     """
 
     protected: ProtectedClassifier
@@ -40,9 +37,7 @@ class FittedNip:
     left_out: int
     template_sizes: tuple[int, ...]
     strength: Strength
-    clean: CleanRow
-    attacks: tuple[ScenarioARow, ...]
-    test_examples: tuple[AdversarialExamples, ...]
+    measured: Measured
     seconds: Mapping[str, float]
 
     @property
@@ -57,17 +52,8 @@ class FittedNip:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The rates on the test split, by name; those over examples that fool the classifier, as crafted."""
-        metrics = {
-            "clean_accuracy_undefended": self.clean.undefended_accuracy,
-            "clean_accuracy": self.clean.accuracy,
-        }
-        for row in self.attacks:
-            if row.form == "as crafted":
-                metrics[f"attack_success_rate.{row.attack}"] = row.fooling / row.attempted
-                if row.regulator is not None:
-                    metrics[f"defense_success_rate.{row.attack}"] = row.regulator
-        return metrics
+        """The rates on the test split, by name."""
+        return self.measured.metrics
 
 
 def fit_nip(
@@ -108,7 +94,8 @@ class _Fit:
         check_layer(layer, plan.k1, plan.k2)
         most = min(plan.pool_size, len(splits.fit.images))
         check_size(InversePerturbationConfig.planned(plan, classifier, layer, most))
-        attacks = [attack(text) for text in plan.attacks]
+        for text in plan.attacks:
+            attack(text)
         if not len(splits.validation.images):
             raise ValueError("Expected clean validation images to settle the strength by, got none.")
         built = self.pool(layer)
@@ -118,23 +105,17 @@ class _Fit:
         strength = self.strength(purifier)
         purifier.set_amplitude(strength.amplitude)
         protected = ProtectedClassifier(classifier, purifier, NoDetector()).eval()
-        measured = tuple(
-            craft_once(
-                each,
-                classifier,
-                splits.test,
-                "test",
-                limit=plan.test_examples,
-                stages=self.stages,
-                device=self.device,
-                seed=plan.seed,
-                batch_size=plan.batch_size,
-                progress=self.progress,
-            )
-            for each in attacks
+        measured = measure(
+            protected,
+            splits.test,
+            plan.attacks,
+            limit=plan.test_examples,
+            stages=self.stages,
+            device=self.device,
+            seed=plan.seed,
+            batch_size=plan.batch_size,
+            progress=self.progress,
         )
-        scenario = ScenarioA(protected, self.device, plan.seed)
-        clean, scores = scenario.clean(*splits.test)
         return FittedNip(
             protected.cpu(),
             layer,
@@ -142,8 +123,6 @@ class _Fit:
             built.left_out,
             built.config.template_sizes,
             strength,
-            clean,
-            tuple(row for each in measured for row in scenario.attacked(each, scores)),
             measured,
             {name: seconds for name in self.stages.names() if (seconds := self.stages.seconds(name)) is not None},
         )

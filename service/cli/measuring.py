@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console, RenderableType
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from service.datasets import Dataset
     from service.evaluate import Report
     from service.hardware import DeviceName
+    from service.nip_studies import StudyName, StudyReport
     from service.nip_success import SuccessReport
     from service.scenario_a import ScenarioAPlan, ScenarioAReport
 
@@ -63,6 +64,15 @@ def evaluate(
         bool,
         typer.Option("--controls", help="Of a NIP defense, measure what replaces its direction too, and its oracle."),
     ] = False,
+    study: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Do this study in place of the measurement: influence, tknc, k, layer, eta or neurons; repeat for "
+            "several.",
+            show_default="none",
+        ),
+    ] = None,
+    plots: Annotated[Path | None, typer.Option(help="Also draw each study into this folder, as SVG.")] = None,
     data_root: DataRootOption = Path("var/data"),
     store: StoreOption = None,
     output: Annotated[Path | None, typer.Option(help="Also write the JSON into this file.")] = None,
@@ -71,7 +81,9 @@ def evaluate(
     """Attack a defense and count what it resists: a published version, or with --url a running gateway.
 
     The attacks are crafted on the bare classifier (scenario A), from the test split of the data that the defense was
-    fitted on; --seed orders the images.
+    fitted on; --seed orders the images. A study looks into a NIP defense in place of measuring it: at the influence of
+    its neurons, their consistency (tknc), and at pools that are made for the moment with other numbers of neurons (k),
+    of other layers, of fewer candidates (eta), or with the perturbation added to the activations (neurons).
     """
     with failures_told():
         from service.progress import progress_bars
@@ -87,6 +99,10 @@ def evaluate(
             )
         chosen = () if clean else tuple(attack or (THROUGH_HTTP if url else ScenarioAPlan.attacks))
         plan = ScenarioAPlan(chosen, limit, seed, confusion, noise)
+        if plots and not study:
+            raise ValueError("--plots draws studies: name one or more with --study.")
+        otherwise = bool(url or clean or controls or confusion is not None or not noise)
+        studies = _chosen_studies(study, plots, otherwise=otherwise) if study else ()
         models = open_models(store)
         with progress_bars(shown=not as_json) as progress:
 
@@ -101,12 +117,17 @@ def evaluate(
             if url:
                 through_http = _measure_gateway(url, models, name, plan, read, progress)
                 values, shown = through_http.as_json(), report_table(through_http)
+            elif studies:
+                studied = _study_version(models, name, studies, plan, device, read, progress)
+                values, shown = studied.as_json(), _study_tables(studied)
             else:
                 offline = _measure_version(models, name, plan, device, read, progress, controls=controls)
                 values, shown = offline.as_json(), _tables(offline)
         text = json.dumps(values, indent=2)
         if output:
             output.write_text(text + "\n")
+        if plots:
+            _draw(values, plots)
         if as_json:
             typer.echo(text)
         else:
@@ -123,6 +144,8 @@ def _measure_version(
     *,
     controls: bool,
 ) -> "ScenarioAReport | SuccessReport":
+    from defenses.coophance import Regulator
+    from defenses.nip import InversePerturbation
     from service.defended import load_defended
     from service.hardware import find_device
     from service.nip_success import SuccessPlan, measure_success
@@ -130,20 +153,66 @@ def _measure_version(
 
     found = find_device(device)
     fetched, protected = load_defended(models, *parse_reference(name))
-    kind = fetched.manifest.kind
-    if kind == "nip" and (plan.confusion is not None or not plan.noise):
-        raise ValueError(
-            f"--confusion and --noise are for a defense that has noise, and {name}, of kind nip, has none."
-        )
-    if kind != "nip" and controls:
-        raise ValueError(f"--controls is for a defense of kind nip, and {name} is of kind {kind}.")
+    pool = isinstance(protected.purifier, InversePerturbation)
+    if not isinstance(protected.purifier, Regulator) and (plan.confusion is not None or not plan.noise):
+        raise ValueError(f"--confusion and --noise are for a defense that has noise, and {name} has none.")
+    if controls and not pool:
+        raise ValueError(f"--controls is for a defense with a pool of inverse perturbations, and {name} has none.")
     dataset = read(fetched.manifest, fetched.manifest.data)
-    if kind != "nip":
+    if not pool:
         return measure_scenario_a(
             fetched, protected, dataset, plan, device=found, progress=progress, command=command_line()
         )
     wanted = SuccessPlan(plan.attacks, plan.limit, plan.seed, controls)
     return measure_success(fetched, protected, dataset, wanted, device=found, progress=progress, command=command_line())
+
+
+def _chosen_studies(names: list[str], plots: Path | None, *, otherwise: bool) -> "tuple[StudyName, ...]":
+    from service.nip_studies import check_folder, known_studies
+
+    if otherwise:
+        raise ValueError(
+            "--url, --clean, --controls, --confusion and --noise are for a measurement, and --study asks for another."
+        )
+    if plots:
+        check_folder(plots)
+    return known_studies(names)
+
+
+def _study_version(
+    models: Store,
+    name: str,
+    studies: "tuple[StudyName, ...]",
+    plan: "ScenarioAPlan",
+    device: "DeviceName",
+    read: "Read",
+    progress: "Progress",
+) -> "StudyReport":
+    from service.defended import load_defended
+    from service.hardware import find_device
+    from service.nip_studies import StudyPlan, check_suitable, run_studies
+
+    found = find_device(device)
+    kind = models.manifest(*parse_reference(name)).kind
+    if kind != "nip":
+        raise ValueError(f"--study is for a defense of kind nip, and {name} is of kind {kind}.")
+    fetched, protected = load_defended(models, *parse_reference(name))
+    check_suitable(fetched.manifest, protected)
+    dataset = read(fetched.manifest, fetched.manifest.data)
+    wanted = StudyPlan(studies, plan.attacks, plan.limit, plan.seed)
+    return run_studies(fetched, protected, dataset, wanted, device=found, progress=progress, command=command_line())
+
+
+def _study_tables(report: "StudyReport") -> "RenderableType":
+    from service.nip_studies import study_tables
+
+    return study_tables(report)
+
+
+def _draw(values: dict[str, Any], folder: Path) -> None:
+    from service.nip_studies import write_plots
+
+    write_plots(values, folder)
 
 
 def _tables(report: "ScenarioAReport | SuccessReport") -> "RenderableType":

@@ -428,7 +428,22 @@ def digits_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-NIP = ("--data", "digits", "--candidates", "150", "--template", "class", "--search", "class", "--accuracy-loss", "0.02")
+NIP = (
+    "--data",
+    "digits",
+    "--preset",
+    "paper",
+    "--precision",
+    "float16",
+    "--candidates",
+    "150",
+    "--template",
+    "class",
+    "--search",
+    "class",
+    "--accuracy-loss",
+    "0.02",
+)
 NIP += ("--amplitudes", "0.005,0.02,0.05,0.5", "--test-examples", "40", "--attack", "fgsm:epsilon=24/255")
 NIP += ("--attack", "deepfool:steps=8")
 

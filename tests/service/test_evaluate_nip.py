@@ -187,7 +187,7 @@ def test_the_table_names_the_oracle_as_what_it_is(nip_store):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["digits", "--no-noise"], "--confusion and --noise are for a defense that has noise, and digits, of kind nip"),
+        (["digits", "--no-noise"], "--confusion and --noise are for a defense that has noise, and digits has none."),
         (["digits", "--no-confusion"], "are for a defense that has noise"),
         (["digits@1", "--controls"], "got digits@1, which is of kind classifier"),
         (["digits", "--url", "http://127.0.0.1:9", "--controls"], "are for a measurement without --url"),

@@ -26,7 +26,8 @@ from service.datasets import load_dataset
 from service.fit import find_classifier
 from service.register import Declaration, register
 
-QUICK = ("--data", "digits", "--candidates", "40", "--attack", "fgsm:epsilon=24/255", "--test-examples", "10")
+QUICK = ("--data", "digits", "--preset", "paper", "--candidates", "40", "--attack", "fgsm:epsilon=24/255")
+QUICK += ("--test-examples", "10")
 
 
 def portcullis(*arguments: object) -> tuple[int, str]:
@@ -113,7 +114,8 @@ def test_models_lists_it_without_a_threshold(nip_store):
 
 
 def test_a_similarity_that_needs_no_template_is_not_warned_about_and_a_costly_strength_is(own_store):
-    arguments = (*QUICK, "--k1", "31", "--k2", "31", "--similarity", "influence", "--amplitudes", "2,5")
+    arguments = (*QUICK, "--k1", "31", "--k2", "31", "--similarity", "influence")
+    arguments += ("--accuracy-loss", "0.01", "--amplitudes", "2,5")
     status, output = portcullis("fit", "nip", "digits", *arguments, "--json", "--store", own_store)
     assert status == 0, output
     assert "The template is empty" not in output
@@ -123,7 +125,7 @@ def test_a_similarity_that_needs_no_template_is_not_warned_about_and_a_costly_st
 
 
 def test_the_papers_preset_is_the_printed_method(own_store):
-    status, output = portcullis("fit", "nip", "digits", *QUICK, "--preset", "paper", "--store", own_store)
+    status, output = portcullis("fit", "nip", "digits", *QUICK, "--store", own_store)
     assert status == 0, output
     manifest = Store.open(own_store / "models").manifest("digits", 3)
     chosen = manifest.options["configuration"]
@@ -223,4 +225,4 @@ def test_a_pool_that_does_not_fit_its_classifier_is_refused_by_name(own_store):
     republished(own_store, "narrow", Parent(name="narrow", version=1, digest=models.digest("narrow", 1)))
     status, output = portcullis("evaluate", "narrow@2", "--data", "digits", "--store", own_store)
     assert status == 1
-    assert re.search(r"The pool in \S+ was made for the layer '\w+' of shape \(64,\), but the .* \(48,\)", output)
+    assert re.search(r"The defense in \S+ was made for the layer '\w+' of shape \(64,\), but the .* \(48,\)", output)

@@ -21,6 +21,7 @@ from service.register import Declaration, register
 
 LABELS = ("left", "middle", "right")
 SHAPE = (1, 16, 16)
+PAPER = ("--preset", "paper")
 
 
 def portcullis(*arguments: object) -> tuple[int, str]:
@@ -181,19 +182,33 @@ def test_too_little_disk(registered, images, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--layer", "layer99"], "The classifier has no layer named 'layer99'"),
-        (["--k1", "100", "--k2", "100"], "100 front and 100 tail neurons, at least 200 in all, but the layer"),
+        (["--preset", "paper", "--layer", "layer99"], "The classifier has no layer named 'layer99'"),
+        (["--push", "inverse", "--layer", "layer99"], "The classifier has no layer named 'layer99'"),
+        ([*PAPER, "--k1", "100", "--k2", "100"], "100 front and 100 tail neurons, at least 200 in all, but the layer"),
         (
-            ["--layer", "1", "--k1", "2", "--k2", "2"],
+            [*PAPER, "--layer", "1", "--k1", "2", "--k2", "2"],
             "cannot be served as one graph: expected a chain of Gemm, MatMul, Add and Relu, but there",
         ),
-        (["--k1", "0", "--k2", "0"], "Expected k1 and k2 of 0 or more, and not both 0, got 0 and 0."),
-        (["--eta", "1.5"], "Expected eta above 0 and at most 1, got 1.5."),
-        (["--amplitude", "-1"], "Expected amplitude above 0, got -1.0."),
-        (["--amplitude", "1", "--accuracy-loss", "0.1"], "where --amplitude is given, got --accuracy-loss."),
-        (["--template-share", "0.5"], "Expected --template frequency where --template-share is given"),
-        (["--preset", "paper", "--amplitudes", "0.1,0.2"], "Expected --accuracy-loss where --amplitudes is given"),
-        (["--amplitudes", "0.1;0.2"], "Expected amplitudes such as 0.05,0.1,0.2, got '0.1;0.2'."),
+        ([*PAPER, "--k1", "0", "--k2", "0"], "Expected k1 and k2 of 0 or more, and not both 0, got 0 and 0."),
+        ([*PAPER, "--eta", "1.5"], "Expected eta above 0 and at most 1, got 1.5."),
+        ([*PAPER, "--amplitude", "-1"], "Expected amplitude above 0, got -1.0."),
+        ([*PAPER, "--amplitude", "1", "--accuracy-loss", "0.1"], "where --amplitude is given, got --accuracy-loss."),
+        ([*PAPER, "--template-share", "0.5"], "Expected --template frequency where --template-share is given"),
+        ([*PAPER, "--amplitudes", "0.1,0.2"], "Expected --accuracy-loss where --amplitudes is given"),
+        ([*PAPER, "--amplitudes", "0.1;0.2"], "Expected amplitudes such as 0.05,0.1,0.2, got '0.1;0.2'."),
+        ([*PAPER, "--weight", "0.1"], "Expected options of a pool, with --preset paper, got --weight"),
+        (["--eta", "0.5", "--sign", "front-tail"], "Expected options of a response, without --preset paper or --insp"),
+        (["--k1", "3"], "Expected --push inverse where --k1 is given, got --push smoothing."),
+        (["--push", "inverse", "--weight", "0.1"], "Expected --push smoothing where --weight is given"),
+        (["--substitute"], "Expected --push inverse where --substitute is given, got --push smoothing."),
+        (["--substitute-epochs", "3"], "Expected --substitute where --substitute-epochs is given, got none."),
+        (["--push", "inverse", "--substitute", "--layer", "1"], "inverse perturbations of, of the layer found by its"),
+        (["--weight", "0.4"], "Expected a weight above 0 and at most a third, got 0.4."),
+        (["--accuracy-loss", "1"], "Expected an accuracy_loss of 0 or more and below 1, got 1.0."),
+        ([*PAPER, "--inspector", "scaled@1"], "Expected no --inspector where --preset paper is given, got scaled@1."),
+        (["--inspector", "scaled@1", "--push", "inverse"], "Expected options of a correction, with --inspector, got"),
+        (["--inspector", "scaled@1"], "Expected a version with a defense, got scaled@1, which is of kind classifier"),
+        (["--inspector", "scaled@1", "--budget", "0.001"], "needs at least 999 benign calibration images"),
         (["--attack", "fgms"], "Expected an attack such as fgsm"),
         (["--device", "cuda"], "no such device"),
     ],
@@ -211,17 +226,19 @@ def test_nip_refuses_images_whose_labels_are_not_the_classifiers(registered, tmp
 
 def test_nip_refuses_a_pool_that_memory_does_not_hold(registered, images, monkeypatch):
     monkeypatch.setattr("service.fit.memory_available", lambda: 2**18)
-    arguments = ("scaled", "--data", images, "--batch-size", "1", "--test-examples", "1", "--precision", "float32")
+    arguments = ("scaled", "--data", images, "--batch-size", "1", "--test-examples", "1", *PAPER)
     told = "is for the graph that holds the pool: fewer --candidates, a smaller --eta or --precision float16"
     check_refused(registered, told, *arguments, method="nip")
 
 
 def test_nip_refuses_a_pool_that_no_graph_holds(registered, images, monkeypatch):
     monkeypatch.setattr("defenses.nip.pool.LARGEST_POOL", 10_000)
-    check_refused(registered, "69 candidates of shape (1, 16, 16) in float16", "scaled", "--data", images, method="nip")
+    check_refused(
+        registered, "69 candidates of shape (1, 16, 16) in float32", "scaled", "--data", images, *PAPER, method="nip"
+    )
 
 
 def test_nip_refuses_a_disk_that_does_not_hold_its_pool(registered, images, monkeypatch):
     usage = shutil.disk_usage(registered)
     monkeypatch.setattr("service.resources.shutil.disk_usage", lambda folder: usage._replace(free=2**10))
-    check_refused(registered, f"of disk under {registered}/fits/", "scaled", "--data", images, method="nip")
+    check_refused(registered, f"of disk under {registered}/fits/", "scaled", "--data", images, *PAPER, method="nip")

@@ -105,5 +105,5 @@ def test_a_pool_for_a_layer_that_does_not_exist_is_refused_by_name(purifier, cla
 
 def test_parts_that_are_no_defense_are_not_kept(classifier, tmp_path):
     regulator = Regulator(RegulatorConfig((1, 8, 8), channels=(4, 4), skip_channels=(2, 2)))
-    with pytest.raises(TypeError, match="got Regulator and NoDetector"):
+    with pytest.raises(TypeError, match="got Regulator, NoDetector"):
         save_protected(ProtectedClassifier(classifier("linear"), regulator, NoDetector()), tmp_path)

@@ -83,10 +83,10 @@ def test_rates_are_those_of_the_test_split(fitted, classifier, splits):
     images, targets = splits.test
     with torch.no_grad():
         output = fitted.protected(images.float() / 255)
-    assert fitted.clean.accuracy == pytest.approx((output.logits.argmax(1) == targets).float().mean().item())
-    assert fitted.clean.undefended_accuracy == fitted.metrics["clean_accuracy_undefended"]
-    assert fitted.clean.false_positive_rate == 0
-    for examples in fitted.test_examples:
+    assert fitted.measured.clean.accuracy == pytest.approx((output.logits.argmax(1) == targets).float().mean().item())
+    assert fitted.measured.clean.undefended_accuracy == fitted.metrics["clean_accuracy_undefended"]
+    assert fitted.measured.clean.false_positive_rate == 0
+    for examples in fitted.measured.examples:
         fooling = examples.x_adv[examples.fooled]
         assert len(fooling) > 5
         with torch.no_grad():
@@ -94,7 +94,7 @@ def test_rates_are_those_of_the_test_split(fitted, classifier, splits):
         name = examples.attack.name
         assert fitted.metrics[f"defense_success_rate.{name}"] == pytest.approx(right.float().mean().item())
         assert fitted.metrics[f"attack_success_rate.{name}"] == pytest.approx(examples.success_rate)
-    assert [row.form for row in fitted.attacks] == ["as crafted", "rounded"] * 2
+    assert [row.form for row in fitted.measured.attacks] == ["as crafted", "rounded"] * 2
     assert set(fitted.seconds) >= {"pool", "amplitude"}
 
 
@@ -172,7 +172,7 @@ def test_the_oracle_takes_the_clean_image_s_perturbation_with_the_better_sign(fi
     subject = classifier("linear")
     layer = subject.head_layer
     head = head_behind(subject, layer)
-    examples = fitted.test_examples[1]
+    examples = fitted.measured.examples[1]
     clean, x_adv, y = (each[examples.fooled] for each in (examples.x, examples.x_adv, examples.y))
     answers = oracle_answers(
         subject, head, layer.name, clean, x_adv, k1=5, k2=5, amplitude=0.3, batch_size=16, device=CPU
