@@ -11,8 +11,9 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(READY)
 	$(VENV)/bin/portcullis demo $(ARGS)
 
+# One process a core, with one thread each; a file's tests stay together, since they share what is costly to make.
 test: $(READY)
-	$(VENV)/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -44,7 +44,7 @@ from service.served import GRAPH
 
 ATTACKS = ("fgsm", "pgd-stop", "pgd:epsilon=8/255,steps=20", "deepfool", "cw")
 CPU = torch.device("cpu")
-BATCH = 128
+BATCH = 64
 SIZES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 """The distances that a correction's controls are tried at, over its own."""
 

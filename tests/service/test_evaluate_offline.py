@@ -148,7 +148,7 @@ def test_a_version_is_measured_from_the_store_without_a_gateway(report, publishe
 def test_a_report_holds_what_is_needed_to_repeat_it(report, dataset):
     assert report["plan"] == {"attacks": list(ATTACKS), "limit": 40, "seed": 5, "confusion": None, "noise": True}
     assert report["dataset"] == {"name": dataset.name, "digest": dataset.digest, "split_seed": 0}
-    assert report["command"].startswith("portcullis ")
+    assert report["command"].split()[0] == "portcullis"
     assert report["libraries"]["foolbox"] == "3.3.4"
     assert report["libraries"]["torch"].startswith("2.13.0")
     assert report["hardware"]["cpus"] >= 1

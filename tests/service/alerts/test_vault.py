@@ -65,7 +65,9 @@ def test_an_input_is_kept_byte_for_byte_under_the_day_of_its_alert_in_utc(
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("alert_id", ["../../../etc/passwd", "..", "", "/etc/passwd", f"{uuid.uuid4()}", "a\0b"])
+@pytest.mark.parametrize(
+    "alert_id", ["../../../etc/passwd", "..", "", "/etc/passwd", "f31d1a9d-e4a4-4e5e-9719-033a02a7c101", "a\0b"]
+)
 def test_an_id_cannot_lead_out_of_the_folder(tmp_path: Path, alert_id: str) -> None:
     vault = Vault(tmp_path / "inputs", 1000, YEARS)
     with pytest.raises(AlertIdInvalid):
