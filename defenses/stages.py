@@ -129,6 +129,10 @@ class Stages:
             return None
         return float(took) if isinstance(took, int | float) else None
 
+    def timed(self) -> dict[str, float]:
+        """Return what each stage took in seconds, of those that say so, by name."""
+        return {name: seconds for name in self.names() if (seconds := self.seconds(name)) is not None}
+
     def _path(self, name: str) -> Path:
         file = quote(name, safe=" :,=+()").replace(".", "%2E")
         if not name or len(file) > _LONGEST_NAME:

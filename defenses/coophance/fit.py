@@ -146,7 +146,7 @@ class _Fit:
             clean_scores,
             rows,
             tuple(measured),
-            {name: seconds for name in self.stages.names() if (seconds := self.stages.seconds(name)) is not None},
+            self.stages.timed(),
         )
 
     def check_calibration(self) -> None:

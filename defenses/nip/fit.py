@@ -105,17 +105,7 @@ class _Fit:
         strength = self.strength(purifier)
         purifier.set_amplitude(strength.amplitude)
         protected = ProtectedClassifier(classifier, purifier, NoDetector()).eval()
-        measured = measure(
-            protected,
-            splits.test,
-            plan.attacks,
-            limit=plan.test_examples,
-            stages=self.stages,
-            device=self.device,
-            seed=plan.seed,
-            batch_size=plan.batch_size,
-            progress=self.progress,
-        )
+        measured = measure(protected, splits.test, plan, stages=self.stages, device=self.device, progress=self.progress)
         return FittedNip(
             protected.cpu(),
             layer,
@@ -124,7 +114,7 @@ class _Fit:
             built.config.template_sizes,
             strength,
             measured,
-            {name: seconds for name in self.stages.names() if (seconds := self.stages.seconds(name)) is not None},
+            self.stages.timed(),
         )
 
     def pool(self, layer: Layer) -> BuiltPool:

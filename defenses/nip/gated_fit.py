@@ -165,19 +165,8 @@ class _Fit:
         protected = protected.eval().to(self.device)
         self.weigh(protected, inspector, examples)
         gate, scores = self.gate(protected)
-        measured = measure(
-            protected,
-            splits.test,
-            plan.attacks,
-            limit=plan.test_examples,
-            stages=self.stages,
-            device=self.device,
-            seed=plan.seed,
-            batch_size=plan.batch_size,
-            progress=self.progress,
-        )
-        seconds = {name: took for name in self.stages.names() if (took := self.stages.seconds(name)) is not None}
-        return FittedGate(protected.cpu(), layer, gate, examples, scores, measured, seconds)
+        measured = measure(protected, splits.test, plan, stages=self.stages, device=self.device, progress=self.progress)
+        return FittedGate(protected.cpu(), layer, gate, examples, scores, measured, self.stages.timed())
 
     def weigh(
         self, protected: ProtectedClassifier, inspector: Inspector, examples: tuple[AdversarialExamples, ...]

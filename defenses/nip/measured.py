@@ -1,7 +1,7 @@
 """What a fitted NIP defense was measured to do, whichever it is."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -48,19 +48,32 @@ class Measured:
         return metrics
 
 
+class MeasuredPlan(Protocol):
+    """What a plan says of the measurement: the attacks, on how many images each, in batches of which size."""
+
+    @property
+    def attacks(self) -> tuple[str, ...]: ...
+
+    @property
+    def test_examples(self) -> int: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def seed(self) -> int: ...
+
+
 def measure(
     protected: ProtectedClassifier,
     test: LabelledImages,
-    attacks: Sequence[str],
+    plan: MeasuredPlan,
     *,
-    limit: int,
     stages: Stages,
     device: torch.device,
-    seed: int,
-    batch_size: int,
     progress: Progress,
 ) -> Measured:
-    """Measure a protected classifier, on ``device``, clean and against attacks on ``limit`` images each.
+    """Measure a protected classifier, on ``device``, clean and against a plan's attacks.
 
     The examples are crafted on the bare classifier, and kept in ``stages``.
     """
@@ -70,16 +83,16 @@ def measure(
             protected.classifier,
             test,
             "test",
-            limit=limit,
+            limit=plan.test_examples,
             stages=stages,
             device=device,
-            seed=seed,
-            batch_size=batch_size,
+            seed=plan.seed,
+            batch_size=plan.batch_size,
             progress=progress,
         )
-        for text in attacks
+        for text in plan.attacks
     )
-    scenario = ScenarioA(protected, device, seed)
+    scenario = ScenarioA(protected, device, plan.seed)
     clean, scores = scenario.clean(*test)
     rows = tuple(row for each in examples for row in scenario.attacked(each, scores))
     return Measured(clean, rows, examples, not isinstance(protected.detector, NoDetector))

@@ -123,19 +123,8 @@ class _Fit:
         pushing = pushing.to(self.device)
         report = self.response(pushing, judge)
         protected = ProtectedClassifier(self.classifier, pushing, NoDetector(), judge=judge).eval().to(self.device)
-        measured = measure(
-            protected,
-            splits.test,
-            plan.attacks,
-            limit=plan.test_examples,
-            stages=self.stages,
-            device=self.device,
-            seed=plan.seed,
-            batch_size=plan.batch_size,
-            progress=self.progress,
-        )
-        seconds = {name: took for name in self.stages.names() if (took := self.stages.seconds(name)) is not None}
-        return FittedResponse(protected.cpu(), layer, report, substitute, measured, seconds)
+        measured = measure(protected, splits.test, plan, stages=self.stages, device=self.device, progress=self.progress)
+        return FittedResponse(protected.cpu(), layer, report, substitute, measured, self.stages.timed())
 
     def directions(self, layer: Layer) -> tuple[Tensor, Mapping[str, float] | None]:
         """Return the mean inverse perturbations, and what is known of their substitute; made, or as they are kept."""
