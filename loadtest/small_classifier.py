@@ -90,7 +90,8 @@ def main(
                 schedule.step()
             progress("classifier", epoch + 1, epochs)
     seconds = time.perf_counter() - start
-    model.eval()
+    # Of another memory format the exporter makes nodes that no derivative is written for.
+    model = model.to(memory_format=torch.contiguous_format).eval()
     output.parent.mkdir(parents=True, exist_ok=True)
     onnx.save_model(export_classifier(model, sides), output)
     accuracies = {

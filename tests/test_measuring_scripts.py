@@ -9,7 +9,9 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from defenses.classifier import Classifier
 from defenses.coophance import FitPlan, Regulator
+from defenses.onnx_gradient import gradient_graph
 from defenses.onnx_trace import export_classifier
 from loadtest.ablations import MEASURED, REUSES, VARIATIONS, generalisation, table
 from loadtest.small_classifier import network
@@ -57,15 +59,19 @@ def test_scripts_say_what_they_take(script):
     assert "Usage" in told.output
 
 
-def test_the_small_classifier_can_be_registered(tmp_path):
-    model = network((3, 64, 64), 4).eval()
-    path = tmp_path / "small.onnx"
-    graph = export_classifier(model, (3, 64, 64))
-    path.write_bytes(graph.SerializeToString())
-    result = CliRunner().invoke(
-        app, ["register", "small", "--onnx", str(path), "--labels", "a,b,c,d", "--store", str(tmp_path / "store")]
-    )
-    assert result.exit_code == 0, result.output
-    assert "4 classes, input 3x64x64" in re.sub(r"\s+", " ", result.output)
-    with torch.no_grad():
-        assert model(torch.rand(2, 3, 64, 64)).shape == (2, 4)
+def test_the_small_classifiers_can_be_registered_and_corrected(tmp_path):
+    for side, width in ((32, 512), (64, 128)):
+        model = network((3, side, side), 4).to(memory_format=torch.channels_last).eval()
+        model = model.to(memory_format=torch.contiguous_format)
+        path = tmp_path / f"small{side}.onnx"
+        graph = export_classifier(model, (3, side, side))
+        path.write_bytes(graph.SerializeToString())
+        arguments = ["--onnx", str(path), "--labels", "a,b,c,d", "--store", str(tmp_path / "store")]
+        result = CliRunner().invoke(app, ["register", f"small{side}", *arguments])
+        assert result.exit_code == 0, result.output
+        assert f"4 classes, input 3x{side}x{side}" in re.sub(r"\s+", " ", result.output)
+        registered = Classifier.load(tmp_path / "store" / "models" / f"small{side}" / "1" / "model.onnx")
+        assert registered.head_layer.shape == (width,)
+        assert len(gradient_graph(registered, registered.head_layer.name).graph.node) > 20
+        with torch.no_grad():
+            assert model(torch.rand(2, 3, side, side)).shape == (2, 4)
