@@ -11,8 +11,9 @@ from torch import nn
 from defenses.classifier import Classifier
 from defenses.coophance.inspector import Inspector, InspectorConfig
 from defenses.coophance.regulator import Regulator, RegulatorConfig
+from defenses.corrector import Corrector
 from defenses.detector import NoDetector
-from defenses.judge import AlertedAnswer
+from defenses.judge import AlertedAnswer, Judge, PurifiedAnswer
 from defenses.nip.correction import CorrectionConfig, InverseCorrection
 from defenses.nip.head import head_behind
 from defenses.nip.inverse_perturbation import InversePerturbation, InversePerturbationConfig
@@ -64,14 +65,16 @@ def save_protected(protected: ProtectedClassifier, folder: Path) -> None:
     an inverse perturbation with an Inspector or without a detector (NIP). Raises ``TypeError`` for other parts.
     """
     parts = (protected.purifier, protected.detector, protected.corrector, protected.judge)
-    folder.mkdir(parents=True, exist_ok=True)
     match parts:
-        case Regulator() as regulator, Inspector(), None | InverseCorrection(), _:
+        case Regulator() as regulator, Inspector(), corrector, judge if _go_together(corrector, judge):
+            folder.mkdir(parents=True, exist_ok=True)
             save_regulator(regulator, folder)
-        case InversePerturbation() as purifier, Inspector() | NoDetector() as detector, None, _:
+        case InversePerturbation() as purifier, Inspector() | NoDetector() as detector, None, PurifiedAnswer():
+            folder.mkdir(parents=True, exist_ok=True)
             inspected = isinstance(detector, Inspector)
             _save(purifier, {**purifier.config.as_json(), "inspected": inspected}, folder / INVERSE_PERTURBATION)
         case Pushing() as pushing, NoDetector(), None, ResponseJudge() as judge:
+            folder.mkdir(parents=True, exist_ok=True)
             _save(_response(pushing, judge), pushing.config.as_json(), folder / RESPONSE)
         case _:
             names = ", ".join(type(part).__name__ for part in parts)
@@ -109,6 +112,11 @@ def load_protected(classifier: Classifier, folder: Path) -> ProtectedClassifier:
     return ProtectedClassifier(classifier, purifier, *_load_inspector(folder / INSPECTOR)).eval()
 
 
+def _go_together(corrector: Corrector | None, judge: Judge) -> bool:
+    """Say whether a judge answers alerted images alone where they are corrected, and all where they are not."""
+    return isinstance(judge, PurifiedAnswer if corrector is None else AlertedAnswer)
+
+
 def _response(pushing: Pushing, judge: ResponseJudge) -> nn.Module:
     return nn.ModuleDict({"push": pushing, "judge": judge})
 
@@ -134,6 +142,7 @@ def _load_correction(classifier: Classifier, path: Path) -> InverseCorrection:
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointUnreadable(path, f"its configuration is not that of a correction: {error}") from error
     layer = classifier.resolve_layer(config.layer)
+    _check_fits(path, classifier, classifier.image_shape, config.classes)
     if layer.shape != config.shape:
         raise PoolMismatch(path, f"the layer {config.layer!r} of shape", config.shape, layer.shape)
     return InverseCorrection(config, classifier, head_behind(classifier, layer)).eval()

@@ -95,7 +95,9 @@ def main(
         if reference
     }
     with progress_bars() as progress:
-        splits = splits_of(read_dataset(data, fetched.manifest, 0, Path("var/data"), progress))
+        dataset = read_dataset(data, fetched.manifest, 0, Path("var/data"), progress)
+        splits = splits_of(dataset)
+        kept = work / f"{fetched.digest[:12]}-{dataset.digest[:12]}-{limit}"
         crafted = [
             craft_once(
                 attack(text),
@@ -103,7 +105,7 @@ def main(
                 splits.test,
                 "measured",
                 limit=limit,
-                stages=Stages(work),
+                stages=Stages(kept),
                 device=CPU,
                 seed=0,
                 batch_size=BATCH,
@@ -189,9 +191,9 @@ def _gated_rows(gated: ProtectedClassifier, candidates: Tensor, splits: Splits) 
         Row("alerted: purified answer", _answers(uncorrected), name),
     ]
     images, targets = splits.calibration
+    most = _lost(gated, images, targets)
     for told, replacing in (("random candidate", Replaced(candidates)), ("Gaussian", Replaced())):
         rows.append(Row(f"alerted: {told}, same L2", _answers(_replaced(gated, corrector, replacing, 1.0)), name))
-        most = _lost(gated, images, targets)
         fitting = [s for s in SIZES if _lost(_replaced(gated, corrector, replacing, s), images, targets) <= most]
         size = max(fitting, default=min(SIZES))
         rows.append(

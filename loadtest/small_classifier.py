@@ -3,8 +3,7 @@
 For photographs the network is a ResNet of three stages behind a stem that halves twice. For images of less than 64
 pixels it is one that starts at full size and ends in a layer 512 wide, of 39 million multiply-adds at 32x32. It is
 trained from scratch on the fitting split only, so that the splits that validate, calibrate and test a defense stay new
-to it. Writes an ONNX file for
-`portcullis register --onnx` and prints the accuracies as JSON.
+to it. Writes an ONNX file for `portcullis register --onnx` and prints the accuracies as JSON.
 """
 
 import json

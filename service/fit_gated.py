@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 
 from defenses.attacks import attack
@@ -16,6 +17,7 @@ from defenses.judge import AlertedAnswer
 from defenses.nip import (
     FittedGate,
     GatedPlan,
+    InspectorMissing,
     InverseCorrection,
     check_correction,
     export_correction,
@@ -26,7 +28,7 @@ from defenses.onnx_export import save_graph
 from defenses.protected import ProtectedClassifier
 from defenses.splits import Splits
 from defenses.stages import Stages
-from model_store import Draft, Fetched, Manifest, Store, parse_reference
+from model_store import Draft, Fetched, Manifest, NameInvalid, Store, parse_reference
 from service.datasets import Dataset
 from service.defended import load_defended
 from service.fit import Subject, fit_and_publish
@@ -48,6 +50,16 @@ class OtherClassifier(ValueError):
         super().__init__(f"Expected an Inspector that was fitted for {wanted}, but {reference} was for {fitted}.")
 
 
+class OtherSplits(ValueError):
+    """An Inspector was fitted on the same images, but these were split in another way."""
+
+    def __init__(self, reference: str, fitted: int, found: int) -> None:
+        super().__init__(
+            f"{reference} was fitted on these images as --seed {fitted} splits them, and may know those that are to be "
+            f"new to it as --seed {found} does: expected --seed {fitted}."
+        )
+
+
 def publish_gated(
     root: Path,
     classifier: Fetched,
@@ -64,9 +76,11 @@ def publish_gated(
     """Fit a correction behind an Inspector's alerts and publish it as the next version (see ``fit_and_publish``).
 
     ``inspector``, as NAME@VERSION, is a version of kind coophance for the same classifier, whose Regulator and
-    Inspector are used. Where the plan names no layer it is the one that the classifier was registered with. Raises what
-    ``fit_and_publish``, ``defenses.nip.fit_gated`` and ``load_defended`` raise, ``OtherClassifier``,
-    ``HeadUnsuitable`` and ``GradientUnsupported`` before anything is computed, and ``DeviceMissing``.
+    Inspector are used, fitted on the same splits where on the same images. Where the plan names no layer it is the one
+    that the classifier was registered with. Before anything is computed raises what ``fit_and_publish``,
+    ``defenses.nip.fit_gated`` and ``load_defended`` raise, ``NameInvalid`` for a reference without a number,
+    ``OtherClassifier``, ``OtherSplits``, ``InspectorMissing``, ``HeadUnsuitable``, ``GradientUnsupported``,
+    ``ExportBroken`` and ``DeviceMissing``.
     """
     subject = Subject.open(classifier, dataset)
     plan = replace(plan, layer=plan.layer or classifier.manifest.layers.get("head"))
@@ -74,14 +88,16 @@ def publish_gated(
     for text in plan.attacks:
         attack(text)
     check_budget(len(dataset.calibration.targets), plan.budget)
-    fetched, inspected = load_defended(Store.open(root / MODELS), *parse_reference(inspector))
+    fetched, inspected = _inspected(Store.open(root / MODELS), inspector)
     parent, own = fetched.manifest.parent, classifier.manifest
-    assert parent is not None
-    if parent.digest != classifier.digest:
-        raise OtherClassifier(inspector, f"{parent.name}@{parent.version}", f"{own.name}@{own.version}")
-    data = fetched.manifest.data
-    if data is not None and data.digest != dataset.digest:
-        notice(f"{inspector} was fitted on other images than these, so that it may have been fitted on some of these.")
+    if parent is None or parent.digest != classifier.digest:
+        fitted = f"{parent.name}@{parent.version}" if parent else "none that is known"
+        raise OtherClassifier(inspector, fitted, f"{own.name}@{own.version}")
+    if data := fetched.manifest.data:
+        if data.digest != dataset.digest:
+            notice(f"{inspector} was fitted on other images than these, so that it may know some of these.")
+        elif data.split_seed != dataset.split_seed:
+            raise OtherSplits(inspector, data.split_seed, dataset.split_seed)
     reference = f"{fetched.manifest.name}@{fetched.manifest.version}"
     return fit_and_publish(
         root,
@@ -93,6 +109,17 @@ def publish_gated(
         notice=notice,
         command=command,
     )
+
+
+def _inspected(store: Store, reference: str) -> tuple[Fetched, ProtectedClassifier]:
+    """Fetch the version whose Inspector is used; raises ``NameInvalid``, ``InspectorMissing``, the store's errors."""
+    name, version = parse_reference(reference)
+    if not isinstance(version, int):
+        raise NameInvalid(reference, "an Inspector is that of a version given as NAME@VERSION, such as resnet20@2")
+    kind = store.manifest(name, version).kind
+    if kind != "coophance":
+        raise InspectorMissing(f"{reference}, which is of kind {kind}")
+    return load_defended(store, name, version)
 
 
 @dataclass(frozen=True)
@@ -112,7 +139,7 @@ class _Gated:
         """Return the protected classifier before anything is fitted; its correction can be exported."""
         inspector, corrector = gated_parts(self.inspected, self.plan)
         classifier = self.inspected.classifier
-        export_correction(corrector, classifier)
+        self.exported(corrector)
         return ProtectedClassifier(
             classifier, self.inspected.purifier, inspector, 0.0, judge=AlertedAnswer(), corrector=corrector
         ).eval()
@@ -140,12 +167,17 @@ class _Gated:
 
     def complete(self, fitted: FittedGate, draft: Draft, job: FitJob, folder: Path) -> Draft:
         """Write the graph that corrects, and the calibration scores."""
-        corrector, classifier = fitted.protected.corrector, fitted.protected.classifier
+        corrector = fitted.protected.corrector
         assert isinstance(corrector, InverseCorrection)
+        save_graph(self.exported(corrector), folder / CORRECTION)
+        write_scores(fitted.calibration_scores.numpy(), folder / CALIBRATION)
+        return draft
+
+    def exported(self, corrector: InverseCorrection) -> onnx.ModelProto:
+        """Return the graph that corrects, which says of eight images what torch does; raises ``ExportBroken``."""
+        classifier = self.inspected.classifier.cpu()
         graph = export_correction(corrector, classifier)
         images = torch.from_numpy(self.subject.dataset.test.images[:8]).float() / 255
         with torch.no_grad():
             check_correction(graph, corrector, images, classifier(images))
-        save_graph(graph, folder / CORRECTION)
-        write_scores(fitted.calibration_scores.numpy(), folder / CALIBRATION)
-        return draft
+        return graph

@@ -7,6 +7,7 @@ import torch
 
 from defenses.attacks import attack
 from defenses.coophance import Regulator
+from defenses.detector import NoDetector
 from defenses.evaluation import Progress
 from defenses.evaluation.rates import CleanRow
 from defenses.evaluation.scenario_a import ScenarioA, ScenarioARow
@@ -42,13 +43,13 @@ class ScenarioAPlan:
 class ScenarioAReport:
     """A measurement of one published version, with all that is needed to repeat it.
 
-    ``threshold`` is one for all, or one for each class. ``rows`` has two entries per attack: its examples as crafted,
-    and rounded to 8 bits.
+    ``threshold`` is one for all, or one for each class, and None without a detector. ``rows`` has two entries per
+    attack: its examples as crafted, and rounded to 8 bits.
     """
 
     model: str
     version: int
-    threshold: float | list[float]
+    threshold: float | list[float] | None
     clean: CleanRow
     rows: tuple[ScenarioARow, ...]
     attacks: tuple[AttackRun, ...]
@@ -106,7 +107,7 @@ def measure_scenario_a(
     return ScenarioAReport(
         model=fetched.manifest.name,
         version=fetched.manifest.version,
-        threshold=protected.threshold.tolist(),
+        threshold=None if isinstance(protected.detector, NoDetector) else protected.threshold.tolist(),
         clean=clean,
         rows=tuple(row for rows, _ in measured for row in rows),
         attacks=tuple(run for _, run in measured),

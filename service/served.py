@@ -46,13 +46,14 @@ class ServedModel:
         self.name = fetched.manifest.name
         self.version = fetched.manifest.version
         self.mode = settings.mode_of(self.name)
+        self._metrics = metrics
         held = CALIBRATION in fetched.manifest.files
         self._calibration = CalibrationScores.load(fetched.folder / CALIBRATION) if held else None
         path = fetched.folder / GRAPH
         present = outputs_of(path)
         self.defended = "purified" in present
         wanted = [name for name in _wanted(self.mode, settings) if name in present]
-        self._engine = _engine(path, wanted, settings, corrects=CORRECTION in fetched.manifest.files)
+        self._engine = self._opened(path, wanted, settings)
         self._bare = (
             Engine(path, ["undefended_logits"], device=settings.device, threads=settings.threads)
             if self.defended and (self.mode == "shadow" or settings.on_defense_error == "open")
@@ -61,7 +62,6 @@ class ServedModel:
         if "alert" in wanted and fetched.manifest.threshold is None:
             raise GraphUnloadable(path, "it raises alerts, but its manifest holds no threshold.")
         self.outputs = frozenset([*wanted, "p_value"] if held and "score" in wanted else wanted)
-        self._metrics = metrics
         self._try_out(path)
         self._batcher = Batcher(
             self.name,
@@ -72,11 +72,25 @@ class ServedModel:
         )
         self._info = (self.name, str(self.version), self.manifest.kind, self.mode, self.digest)
 
+    def _opened(self, path: Path, outputs: list[str], settings: Settings) -> Engine | CorrectingEngine:
+        """Open the version's graph, or both where it has a second one."""
+        if CORRECTION not in self.manifest.files:
+            return Engine(path, outputs, device=settings.device, threads=settings.threads, noise=settings.noise)
+        return CorrectingEngine(
+            path,
+            path.with_name(CORRECTION),
+            outputs,
+            device=settings.device,
+            threads=settings.threads,
+            noise=settings.noise,
+            failed=self._metrics.defense_errors.labels(self.name).inc,
+        )
+
     def _try_out(self, path: Path) -> None:
+        if isinstance(self._engine, CorrectingEngine):
+            self._engine.try_out(self.manifest.input.shape, len(self.manifest.labels))
         try:
             answers = self._engine.predict(np.zeros((1, *self.manifest.input.shape), np.float32))
-            if isinstance(self._engine, CorrectingEngine):
-                self._engine.try_out(self.manifest.input.shape, len(self.manifest.labels))
         except Exception as error:  # the runtime's own exceptions share no narrower ancestor
             raise GraphUnloadable(path, str(error).strip()) from error
         expected = (1, len(self.manifest.labels))
@@ -143,20 +157,6 @@ class ServedModel:
         scores = None if answers.scores is None else blank(answers.scores, failed)
         purified = None if answers.purified is None else blank(answers.purified, failed)
         return Answers(logits, scores, answers.alerts, bare, purified), failed
-
-
-def _engine(path: Path, outputs: list[str], settings: Settings, *, corrects: bool) -> Engine | CorrectingEngine:
-    """Open a version's graph, or both where it has a second one."""
-    if corrects:
-        return CorrectingEngine(
-            path,
-            path.with_name(CORRECTION),
-            outputs,
-            device=settings.device,
-            threads=settings.threads,
-            noise=settings.noise,
-        )
-    return Engine(path, outputs, device=settings.device, threads=settings.threads, noise=settings.noise)
 
 
 def _wanted(mode: str, settings: Settings) -> list[str]:

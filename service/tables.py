@@ -66,8 +66,7 @@ def scenario_a_tables(report: ScenarioAReport) -> Group:
 
 def _clean_table(report: ScenarioAReport) -> Table:
     table = _plain_table(f"{report.model}, version {report.version}, on clean images")
-    threshold = "one per class" if isinstance(report.threshold, list) else f"{report.threshold:.4g}"
-    table.caption = f"In brackets the 95 % interval. Threshold: {threshold}"
+    table.caption = f"In brackets the 95 % interval. Threshold: {_threshold(report.threshold)}"
     for heading in ("images", "bare accuracy", "accuracy", "alerts as errors", "false positives"):
         table.add_column(heading, justify="right")
     clean = report.clean
@@ -83,9 +82,9 @@ def _clean_table(report: ScenarioAReport) -> Table:
 
 def _attack_table(form: str, rows: Sequence[ScenarioARow]) -> Table:
     table = _plain_table(f"crafted on the bare classifier, {form}")
-    table.caption = "Regulator: answered with the true class. Inspector: alerted. Resisted: either."
+    table.caption = "Answered: with the true class. Inspector: alerted. Resisted: either."
     table.add_column("attack", overflow="fold")
-    for heading in ("fooling", "L2", "Regulator", "Inspector", "resisted", "95 %", "AUC"):
+    for heading in ("fooling", "L2", "answered", "Inspector", "resisted", "95 %", "AUC"):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(
@@ -160,3 +159,9 @@ def _range(interval: Interval | None, places: int = 1) -> str:
         return NOTHING
     low, high = (100 * end for end in interval)
     return f"{low:.{places}f}-{high:.{places}f}"
+
+
+def _threshold(threshold: float | list[float] | None) -> str:
+    if threshold is None:
+        return "none"
+    return "one per class" if isinstance(threshold, list) else f"{threshold:.4g}"

@@ -1,15 +1,17 @@
 """Scenario A: the attacker knows the classifier and not the defense (CoopHANCE, section 2.3)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from defenses.attacks import AdversarialExamples
+from defenses.detector import NoDetector
 from defenses.evaluation import Answers, resisted, run_batched
 from defenses.evaluation.curves import ResistanceCurve
 from defenses.evaluation.rates import CleanRow, Interval, rate, wilson_interval
+from defenses.judge import PurifiedAnswer
 from defenses.precision import full_precision
 from defenses.protected import ProtectedClassifier
 
@@ -26,7 +28,8 @@ class ScenarioARow:
     share that is answered with the true class, which is what the purifier does alone, ``inspector`` the share that is
     alerted, the detector alone, and ``resisted`` the share of which either holds (section 4.1.1), with its Wilson
     interval at 95 %. ``auc`` is the area under resistance over false positives as the threshold sweeps, ``curve`` at
-    most 200 points (false-positive rate, resistance rate) of it; ``detector_auc`` is that of the scores alone.
+    most 200 points (false-positive rate, resistance rate) of it; ``detector_auc`` is that of the scores alone. Without
+    a detector there is none of them, and no ``auc`` and ``curve`` where the answer itself depends on the alert.
     """
 
     attack: str
@@ -55,6 +58,7 @@ class ScenarioA:
     device: torch.device
     seed: int
     noise_scale: float = 1.0
+    batch_size: int = 128
 
     def clean(self, images: Tensor, targets: Tensor) -> tuple[CleanRow, Tensor]:
         """Return what happens to clean images, uint8 (N, C, H, W) with their classes (N,), and their scores (N,).
@@ -101,18 +105,21 @@ class ScenarioA:
         answers, y = self._answers(images), examples.y[fooled]
         corrected, either = answers.logits.argmax(1) == y, resisted(answers, y)
         scores = self._comparable_scores(answers)
-        curve = ResistanceCurve.sweep(clean_scores, scores, corrected)
-        detector = ResistanceCurve.sweep(clean_scores, scores, torch.zeros_like(corrected))
-        return ScenarioARow(
+        row = ScenarioARow(
             *counted,
             regulator=rate(corrected),
             inspector=rate(answers.alerts),
             resisted=rate(either),
             resisted_interval=wilson_interval(either),
-            auc=curve.area,
-            detector_auc=detector.area,
-            curve=curve.thinned(),
         )
+        if isinstance(self.protected.detector, NoDetector):
+            return row
+        detector = ResistanceCurve.sweep(clean_scores, scores, torch.zeros_like(corrected))
+        row = replace(row, detector_auc=detector.area)
+        if not isinstance(self.protected.judge, PurifiedAnswer):
+            return row
+        curve = ResistanceCurve.sweep(clean_scores, scores, corrected)
+        return replace(row, auc=curve.area, curve=curve.thinned())
 
     def _comparable_scores(self, answers: Answers) -> Tensor:
         threshold = self.protected.threshold.cpu()
@@ -122,4 +129,4 @@ class ScenarioA:
         cuda = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda), full_precision():
             torch.manual_seed(self.seed)
-            return run_batched(self.protected, images, self.device, noise_scale=self.noise_scale)
+            return run_batched(self.protected, images, self.device, self.batch_size, noise_scale=self.noise_scale)

@@ -94,19 +94,21 @@ _CORRECTED: Mapping[str, str] = MappingProxyType({IMAGE: "corrected", LOGITS: "l
 def check_correction(
     model: onnx.ModelProto, corrector: InverseCorrection, purified: Tensor, undefended_logits: Tensor
 ) -> float:
-    """Compare the graph on ONNX Runtime with torch, noise off; return the largest difference of a logit that counts.
+    """Compare the graph on ONNX Runtime with torch, noise off; return the largest difference that counts.
 
-    It is relative to the larger of 1 and the largest logit. A ReLU near its kink, or two neurons of nearly the same
-    influence, may turn a direction by rounding: more than half of the images have to agree. Raises ``ExportBroken``.
+    That of logits is relative to the larger of 1 and the largest one. A ReLU near its kink, or two neurons of nearly
+    the same influence, may turn a direction by rounding: more than half of the images have to agree. Raises
+    ``ExportBroken``.
     """
-    wanted = corrector(purified, undefended_logits, torch.zeros(())).logits
+    wanted = corrector(purified, undefended_logits, torch.zeros(()))
     feeds = {
         "purified": purified.numpy(),
         "undefended_logits": undefended_logits.numpy(),
         "noise_scale": np.zeros((), np.float32),
     }
-    found = torch.from_numpy(session(model).run(["logits"], feeds)[0])
-    each = (found - wanted).abs().amax(1) / max(1.0, float(wanted.abs().max()))
+    logits, corrected = map(torch.from_numpy, session(model).run(["logits", "corrected"], feeds))
+    each = (logits - wanted.logits).abs().amax(1) / max(1.0, float(wanted.logits.abs().max()))
+    each = each.maximum((corrected - wanted.purified).abs().flatten(1).amax(1))
     agreeing = each <= TOLERANCE
     if 2 * int(agreeing.sum()) <= len(each):
         raise ExportBroken("corrected logits", float(each.median()), TOLERANCE)

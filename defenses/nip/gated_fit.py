@@ -80,7 +80,7 @@ class InspectorMissing(ValueError):
 
     def __init__(self, found: str) -> None:
         self.found = found
-        super().__init__(f"Expected a defense with an Inspector to take the alerts from, got one with a {found}.")
+        super().__init__(f"Expected a defense with an Inspector to take the alerts from, got {found}.")
 
 
 def fit_gated(
@@ -114,7 +114,7 @@ def gated_parts(inspected: ProtectedClassifier, plan: GatedPlan) -> tuple[Inspec
     """
     given, classifier = inspected.detector, inspected.classifier
     if not isinstance(given, Inspector):
-        raise InspectorMissing(type(given).__name__)
+        raise InspectorMissing(f"one with a {type(given).__name__}")
     layer = classifier.resolve_layer(plan.layer) if plan.layer else classifier.head_layer
     check_layer(layer, plan.k1, plan.k2)
     inspector = Inspector(replace(given.config, fusion=True, asks="raw"))
@@ -208,11 +208,11 @@ class _Fit:
             protected.threshold.fill_(gate.threshold)
             return gate, kept.tensors["scores"]
         plan, start = self.plan, time.perf_counter()
-        bare = run_batched(protected, images, self.device, plan.batch_size)
-        protected.threshold.fill_(calibrate(bare.scores, plan.budget))
-        torch.manual_seed(plan.seed)
+        protected.threshold.fill_(float("-inf"))  # so that each image is scored and corrected, in one run
         answers = run_batched(protected, images, self.device, plan.batch_size)
-        order = answers.scores.argsort(descending=True)[: int(answers.alerts.sum())]
+        protected.threshold.fill_(calibrate(answers.scores, plan.budget))
+        budgeted = int((answers.scores > protected.threshold.cpu()).sum())
+        order = answers.scores.argsort(descending=True)[:budgeted]
         right = answers.undefended_logits.argmax(1) == targets
         otherwise = answers.logits.argmax(1) == targets
         count = affordable(right[order], otherwise[order], plan.accuracy_loss * len(targets))

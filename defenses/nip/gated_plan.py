@@ -1,5 +1,6 @@
 """How a correction behind an Inspector's alert is fitted."""
 
+import math
 from dataclasses import dataclass
 
 ATTACKS = ("fgsm", "pgd-stop", "pgd", "deepfool")
@@ -34,9 +35,9 @@ class GatedPlan:
         if min(self.k1, self.k2) < 0 or not self.k1 + self.k2:
             raise ValueError(f"Expected k1 and k2 of 0 or more, and not both 0, got {self.k1} and {self.k2}.")
         for name in ("size", "validation_examples", "test_examples", "batch_size"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"Expected {name} above 0, got {getattr(self, name)}.")
-        if not self.noise >= 0:
+        if not 0 <= self.noise < math.inf:
             raise ValueError(f"Expected noise of 0 or more, got {self.noise}.")
         if not 0 <= self.accuracy_loss < 1:
             raise ValueError(f"Expected an accuracy_loss of 0 or more and below 1, got {self.accuracy_loss}.")

@@ -92,7 +92,7 @@ def measure(
         )
         for text in plan.attacks
     )
-    scenario = ScenarioA(protected, device, plan.seed)
+    scenario = ScenarioA(protected, device, plan.seed, batch_size=plan.batch_size)
     clean, scores = scenario.clean(*test)
     rows = tuple(row for each in examples for row in scenario.attacked(each, scores))
     return Measured(clean, rows, examples, not isinstance(protected.detector, NoDetector))

@@ -81,8 +81,9 @@ class ResponseJudge(Judge):
     A logit's rise is what the push adds to it beyond what it adds to that of the predicted class, in standard
     deviations from what benign images of that prediction show (``mean`` and ``scale``, (K, K)). The class that rises
     most is answered where it rises above ``gate``; the second class where the two highest bare logits are less than
-    ``margin`` apart; elsewhere the highest of the bare logits plus ``vote`` times the pushed image's. A class that is
-    answered against the sum changes places in it with the highest. Before anything is fitted the bare answer is given.
+    ``margin`` apart; elsewhere the highest in the mean of the bare logits and the pushed image's, which count ``vote``.
+    A class that is answered against the mean changes places in it with the highest. Before anything is fitted the bare
+    answer is given.
     """
 
     mean: Tensor
@@ -101,7 +102,7 @@ class ResponseJudge(Judge):
 
     def forward(self, undefended_logits: Tensor, logits: Tensor, alerts: Tensor) -> Tensor:
         response = self.response(undefended_logits, logits)
-        summed = undefended_logits + self.vote * logits
+        summed = (undefended_logits + self.vote * logits) / (1 + self.vote)
         highest = undefended_logits.topk(2, dim=1)
         near = highest.values[:, 0] - highest.values[:, 1] < self.margin
         answered = torch.where(near, highest.indices[:, 1], summed.argmax(1))

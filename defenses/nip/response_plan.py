@@ -1,5 +1,6 @@
 """How a response is fitted."""
 
+import math
 from dataclasses import dataclass
 
 from defenses.nip.response import PushKind
@@ -38,7 +39,7 @@ class ResponsePlan:
         if min(self.k1, self.k2) < 0 or not self.k1 + self.k2:
             raise ValueError(f"Expected k1 and k2 of 0 or more, and not both 0, got {self.k1} and {self.k2}.")
         for name in ("size", "candidates", "test_examples", "batch_size"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"Expected {name} above 0, got {getattr(self, name)}.")
         if self.substitute and (self.push != "inverse" or self.layer):
             raise ValueError("A substitute is there to make inverse perturbations of, of the layer found by itself.")

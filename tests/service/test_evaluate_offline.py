@@ -209,7 +209,7 @@ def test_the_tables_show_both_forms_and_the_clean_rates(report, published):
     text = re.sub(r"\s+", " ", output)
     assert "digits, version 2" in text
     assert f"{100 * report['clean']['accuracy']:.2f} %" in text
-    assert "Regulator: answered with the true class" in text
+    assert "Answered: with the true class" in text
     as_crafted, rounded = text.split("bare classifier, as crafted")[1].split("bare classifier, rounded to 8 bits")
     for row, shown in zip(report["rows"], (as_crafted, rounded, as_crafted, rounded), strict=True):
         assert f"{row['fooling']}/40" in shown

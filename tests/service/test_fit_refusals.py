@@ -207,7 +207,7 @@ def test_too_little_disk(registered, images, monkeypatch):
         (["--accuracy-loss", "1"], "Expected an accuracy_loss of 0 or more and below 1, got 1.0."),
         ([*PAPER, "--inspector", "scaled@1"], "Expected no --inspector where --preset paper is given, got scaled@1."),
         (["--inspector", "scaled@1", "--push", "inverse"], "Expected options of a correction, with --inspector, got"),
-        (["--inspector", "scaled@1"], "Expected a version with a defense, got scaled@1, which is of kind classifier"),
+        (["--inspector", "scaled@1"], "to take the alerts from, got scaled@1, which is of kind classifier"),
         (["--inspector", "scaled@1", "--budget", "0.001"], "needs at least 999 benign calibration images"),
         (["--attack", "fgms"], "Expected an attack such as fgsm"),
         (["--device", "cuda"], "no such device"),

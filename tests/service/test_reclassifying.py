@@ -17,8 +17,9 @@ from defenses.classifier import Classifier
 from defenses.onnx_parity import session
 from model_store import InputSpec, Store
 from service.cli import app
+from service.correcting import CorrectingEngine
 from service.datasets import load_dataset
-from service.engine import Engine
+from service.engine import Engine, GraphUnloadable
 from service.fit import find_classifier
 from service.register import Declaration, register
 
@@ -158,6 +159,60 @@ async def test_a_second_graph_that_is_damaged_or_does_not_fit_is_refused(gateway
     assert "'correction.onnx' should be of the SHA-256" in refused.json()["error"]
 
 
+@pytest.mark.parametrize("broken", ["fails", "gives no numbers"])
+def test_an_alert_stands_where_the_second_graph_fails(fitted, sent, broken, monkeypatch):
+    folder = fitted / "models/digits/4"
+    failed: list[int] = []
+    outputs = ["logits", "alert", "purified", "undefended_logits"]
+    engine = CorrectingEngine(folder / "model.onnx", folder / "correction.onnx", outputs, failed=failed.append)
+    engine.try_out((1, 32, 32), 10)
+    noise = np.random.default_rng(1).random((16, 1, 32, 32)).astype(np.float32)
+
+    def feed(**inputs: np.ndarray) -> dict[str, np.ndarray]:
+        if broken == "fails":
+            raise RuntimeError("the device is gone")
+        rows = len(inputs["purified"])
+        return {"logits": np.full((rows, 10), np.nan, np.float32), "corrected": np.zeros((rows, 1, 32, 32), np.float32)}
+
+    monkeypatch.setattr(engine._second, "feed", feed)
+    answers = engine.predict(noise)
+    assert answers.alerts.sum() == sum(failed) > 0
+    assert np.isfinite(answers.logits).all()
+    assert np.abs(answers.purified[answers.alerts]).max() > 0
+
+
+def test_a_second_graph_of_other_shapes_is_refused_by_name(fitted, tmp_path):
+    folder = fitted / "models/digits/4"
+    graph = onnx.load(folder / "correction.onnx")
+    narrowed = next(node for node in graph.graph.node if "logits" in node.output)
+    narrowed.output[list(narrowed.output).index("logits")] = "all_logits"
+    graph.graph.initializer.append(numpy_helper.from_array(np.arange(9), "first_nine"))
+    graph.graph.node.append(onnx.helper.make_node("Gather", ["all_logits", "first_nine"], ["logits"], axis=1))
+    del graph.graph.output[0].type.tensor_type.shape.dim[:]
+    onnx.save(graph, tmp_path / "other.onnx")
+    engine = CorrectingEngine(folder / "model.onnx", tmp_path / "other.onnx", ["logits"], failed=lambda count: None)
+    with pytest.raises(
+        GraphUnloadable, match=r"other.onnx cannot be run: expected logits of shape \(1, 10\), got \(1, 9\)"
+    ):
+        engine.try_out((1, 32, 32), 10)
+
+
+def test_an_inspector_is_that_of_a_coophance_version_fitted_on_the_same_splits(fitted):
+    for reference, told in (
+        ("digits@3", "got digits@3, which is of kind nip"),
+        ("digits@1", "got digits@1, which is of kind classifier"),
+        ("digits", "an Inspector is that of a version given as NAME@VERSION"),
+    ):
+        arguments = [reference if word == "digits@2" else word for word in GATED]
+        status, output = portcullis("fit", "nip", "digits@1", *arguments, "--store", fitted)
+        assert status == 1
+        assert told in output
+    status, output = portcullis("fit", "nip", "digits@1", *GATED, "--seed", "1", "--store", fitted)
+    assert status == 1
+    assert "digits@2 was fitted on these images as --seed 0 splits them" in output
+    assert Store.open(fitted / "models").versions("digits") == [1, 2, 3, 4]
+
+
 def test_another_classifiers_inspector_is_refused(fitted, tmp_path):
     root = tmp_path / "store"
     shutil.copytree(fitted, root)
@@ -182,6 +237,9 @@ def test_either_is_evaluated_from_the_store(fitted, version):
     manifest = Store.open(fitted / "models").manifest("digits", version)
     assert report["clean"]["accuracy"] == pytest.approx(manifest.metrics["clean_accuracy"], abs=0.02)
     assert {row["attack"] for row in report["rows"]} == {"fgsm:epsilon=48/255"}
+    assert {row["auc"] for row in report["rows"]} == {None}
+    assert {row["detector_auc"] is None for row in report["rows"]} == {version == 3}
+    assert report["threshold"] == manifest.threshold
     status, output = portcullis("evaluate", f"digits@{version}", *arguments, "--controls")
     assert status == 1
     assert "--controls is for a defense with a pool" in output
