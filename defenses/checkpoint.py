@@ -35,7 +35,7 @@ class CheckpointUnreadable(ValueError):
         super().__init__(f"{path} is not a checkpoint that can be loaded: {reason}.")
 
 
-class PoolMismatch(ValueError):
+class ClassifierMismatch(ValueError):
     """A NIP defense was made for another classifier; ``fitted`` and ``found`` are what differs."""
 
     def __init__(self, path: Path, what: str, fitted: object, found: object) -> None:
@@ -89,7 +89,7 @@ def save_protected(protected: ProtectedClassifier, folder: Path) -> None:
 def load_protected(classifier: Classifier, folder: Path) -> ProtectedClassifier:
     """Put ``classifier`` behind the defense kept in ``folder``, in evaluation mode.
 
-    Raises ``CheckpointUnreadable``, and of a defense that was made for another classifier ``PoolMismatch`` and
+    Raises ``CheckpointUnreadable``, and of a defense that was made for another classifier ``ClassifierMismatch`` and
     ``LayerNotFound``.
     """
     if (folder / RESPONSE).exists():
@@ -144,7 +144,7 @@ def _load_correction(classifier: Classifier, path: Path) -> InverseCorrection:
     layer = classifier.resolve_layer(config.layer)
     _check_fits(path, classifier, classifier.image_shape, config.classes)
     if layer.shape != config.shape:
-        raise PoolMismatch(path, f"the layer {config.layer!r} of shape", config.shape, layer.shape)
+        raise ClassifierMismatch(path, f"the layer {config.layer!r} of shape", config.shape, layer.shape)
     return InverseCorrection(config, classifier, head_behind(classifier, layer)).eval()
 
 
@@ -154,7 +154,7 @@ def _check_fits(path: Path, classifier: Classifier, image_shape: tuple[int, ...]
         ("so many classes:", classes, classifier.classes),
     ):
         if fitted != found:
-            raise PoolMismatch(path, what, fitted, found)
+            raise ClassifierMismatch(path, what, fitted, found)
 
 
 def _load_inspector(path: Path) -> tuple[Inspector, float | list[float]]:
@@ -177,7 +177,7 @@ def _load_inverse_perturbation(classifier: Classifier, path: Path) -> tuple[Inve
         ) from error
     layer = classifier.resolve_layer(config.layer)
     if config.shape != layer.shape:
-        raise PoolMismatch(path, f"the layer {config.layer!r} of shape", config.shape, layer.shape)
+        raise ClassifierMismatch(path, f"the layer {config.layer!r} of shape", config.shape, layer.shape)
     _check_fits(path, classifier, config.image_shape, config.classes)
     purifier = InversePerturbation(config, head_behind(classifier, layer))
     _load(purifier, path)

@@ -9,7 +9,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from defenses.checkpoint import INVERSE_PERTURBATION, CheckpointUnreadable, PoolMismatch, load_protected, save_protected
+from defenses.checkpoint import (
+    INVERSE_PERTURBATION,
+    CheckpointUnreadable,
+    ClassifierMismatch,
+    load_protected,
+    save_protected,
+)
 from defenses.classifier import Classifier, LayerNotFound
 from defenses.coophance import Regulator, RegulatorConfig
 from defenses.detector import NoDetector
@@ -91,7 +97,7 @@ def test_a_pool_for_another_classifier_is_refused_by_name(
     renamed = InversePerturbation(replace(made.config, layer=other.head_layer.name), made.head)
     renamed.set_pool(made.pool)
     save_protected(ProtectedClassifier(classifier("linear"), renamed, NoDetector()), tmp_path)
-    with pytest.raises(PoolMismatch, match=rf"inverse_perturbation\.safetensors was made for.*{sentence}"):
+    with pytest.raises(ClassifierMismatch, match=rf"inverse_perturbation\.safetensors was made for.*{sentence}"):
         load_protected(other, tmp_path)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from defenses.checkpoint import CheckpointUnreadable, PoolMismatch, load_protected, save_protected
+from defenses.checkpoint import CheckpointUnreadable, ClassifierMismatch, load_protected, save_protected
 from defenses.coophance import Regulator, RegulatorConfig
 from defenses.detector import NoDetector
 from defenses.judge import AlertedAnswer
@@ -212,7 +212,7 @@ def test_a_correction_for_another_layer_is_refused(classifier, correction, regul
     save_protected(whole, tmp_path)
     path = tmp_path / "correction.json"
     path.write_text(path.read_text().replace("[32]", "[16]"))
-    with pytest.raises(PoolMismatch, match=r"of shape \(16,\), but the classifier has \(32,\)"):
+    with pytest.raises(ClassifierMismatch, match=r"of shape \(16,\), but the classifier has \(32,\)"):
         load_protected(subject, tmp_path)
 
 

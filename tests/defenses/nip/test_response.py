@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from defenses.checkpoint import CheckpointUnreadable, PoolMismatch, load_protected, save_protected
+from defenses.checkpoint import CheckpointUnreadable, ClassifierMismatch, load_protected, save_protected
 from defenses.detector import NoDetector
 from defenses.nip import (
     ResponseJudge,
@@ -188,7 +188,7 @@ def test_a_defense_of_another_classifier_or_a_damaged_one_is_refused(classifier,
     class Wider:
         image_shape, classes = (1, 16, 16), 10
 
-    with pytest.raises(PoolMismatch, match=r"images of shape \(1, 8, 8\), but the classifier has \(1, 16, 16\)"):
+    with pytest.raises(ClassifierMismatch, match=r"images of shape \(1, 8, 8\), but the classifier has \(1, 16, 16\)"):
         load_protected(Wider(), tmp_path)
     judge.mean.fill_(float("nan"))
     save_protected(ProtectedClassifier(subject, pushing, NoDetector(), judge=judge), tmp_path)
