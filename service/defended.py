@@ -25,7 +25,8 @@ class DefenseMissing(ValueError):
 def load_defended(store: Store, name: str, ref: int | str | None) -> tuple[Fetched, ProtectedClassifier]:
     """Fetch a version with a defense, and put its classifier behind it, on the CPU and in evaluation mode.
 
-    Raises the store's errors, ``DefenseMissing``, ``ParentChanged``, ``CheckpointUnreadable`` and ``ClassifierMismatch``.
+    Raises the store's errors, ``DefenseMissing``, ``ParentChanged``, ``CheckpointUnreadable`` and
+    ``ClassifierMismatch``.
     """
     fetched = store.fetch(name, ref)
     if fetched.manifest.kind not in DEFENSES:
