@@ -9,7 +9,7 @@ from torch import Tensor
 from defenses.classifier import Classifier
 from defenses.corrector import Corrected, Corrector
 from defenses.nip.head import AutogradHead, Head
-from defenses.nip.influence import neuron_outputs
+from defenses.nip.influence import log_odds_influence
 from defenses.nip.neurons import select_neurons
 from defenses.nip.push import drawn_direction, unit
 from defenses.noise import gaussian_like
@@ -29,10 +29,10 @@ class CorrectionConfig:
     layer: str
     shape: tuple[int, ...]
     classes: int
-    k1: int = 5
-    k2: int = 5
-    size: float = 3.7 / 255
-    noise: float = 4.6 / 255
+    k1: int
+    k2: int
+    size: float
+    noise: float
 
     def as_json(self) -> dict[str, Any]:
         """Return the configuration as JSON values."""
@@ -106,13 +106,9 @@ class InverseCorrection(Corrector):
 
     def neuron_weights(self, start: Tensor, activations: Tensor, logits: Tensor, undefended_logits: Tensor) -> Tensor:
         """Return (N, ...) what each activation counts: 1 of a front neuron, -1 of a tail neuron, shared by its map."""
-        given = torch.arange(logits.shape[1], device=logits.device) == undefended_logits.argmax(1, keepdim=True)
-        cotangent = given.to(logits.dtype) - logits.masked_fill(given, -torch.inf).softmax(1)
-        derivative = self.head.derivative(start, activations, cotangent)
-        if derivative.ndim == 4:
-            derivative = derivative.sum((2, 3))
-        neurons = select_neurons(derivative * neuron_outputs(activations), self.config.k1, self.config.k2)
-        places = torch.arange(derivative.shape[1], device=logits.device)
+        influence = log_odds_influence(self.head, start, activations, logits, undefended_logits.argmax(1))
+        neurons = select_neurons(influence, self.config.k1, self.config.k2)
+        places = torch.arange(influence.shape[1], device=logits.device)
         front, tail = ((each.unsqueeze(2) == places).any(1).to(logits.dtype) for each in (neurons.front, neurons.tail))
         weights: Tensor = front - tail
         if activations.ndim == 4:

@@ -40,32 +40,37 @@ def influence(head: Head, x: Tensor, activations: Tensor, logits: Tensor) -> Ten
     phi is the mean, and the derivative that with respect to the mean: a shift of the whole map, so that it is the sum
     of the derivatives over the map.
     """
-    others = logits.masked_fill(_predicted(logits), -torch.inf).logsumexp(1, keepdim=True)
+    others = logits.masked_fill(_one_hot(logits, logits.argmax(1)), -torch.inf).logsumexp(1, keepdim=True)
     total = logits.logsumexp(1, keepdim=True)
     # y_c (1 - y_c), without the difference, of which nothing is left where y_c rounds to 1.
     slope = (logits.amax(1, keepdim=True) - total).exp() * (others - total).exp()
     return slope * log_odds_influence(head, x, activations, logits)
 
 
-def log_odds_influence(head: Head, x: Tensor, activations: Tensor, logits: Tensor) -> Tensor:
-    """Return the influence (N, D) on the log odds of the predicted class, ln(y_c / (1 - y_c)).
+def log_odds_influence(
+    head: Head, x: Tensor, activations: Tensor, logits: Tensor, classes: Tensor | None = None
+) -> Tensor:
+    """Return the influence (N, D) on the log odds of the predicted class, ln(y_c / (1 - y_c)), or of ``classes`` (N,).
 
     It is that of equation 2 divided by y_c (1 - y_c), which is one positive factor per image: the order of the neurons
     and every cosine are the same, and nothing is lost to rounding where the classifier is sure. Behind a linear head,
     with q the softmax over the other classes, it is (W_c - sum_k q_k W_k) phi.
     """
-    derivative = head.derivative(x, activations, log_odds_gradient(logits))
+    derivative = head.derivative(x, activations, log_odds_gradient(logits, classes))
     if derivative.ndim == 4:
         derivative = derivative.sum((2, 3))
     return derivative * neuron_outputs(activations)
 
 
-def log_odds_gradient(logits: Tensor) -> Tensor:
-    """Return the gradient (N, K) of ln(y_c / (1 - y_c)) by the logits: 1 at c, minus the softmax over the others."""
-    predicted = _predicted(logits)
-    return predicted.to(logits.dtype) - logits.masked_fill(predicted, -torch.inf).softmax(1)
+def log_odds_gradient(logits: Tensor, classes: Tensor | None = None) -> Tensor:
+    """Return the gradient (N, K) of ln(y_c / (1 - y_c)) by the logits: 1 at c, minus the softmax over the others.
+
+    c is the predicted class, of equal ones the first, unless ``classes`` (N,) say otherwise.
+    """
+    own = _one_hot(logits, logits.argmax(1) if classes is None else classes)
+    return own.to(logits.dtype) - logits.masked_fill(own, -torch.inf).softmax(1)
 
 
-def _predicted(logits: Tensor) -> Tensor:
-    """Return (N, K) which class is predicted; of equal ones the first."""
-    return torch.arange(logits.shape[1], device=logits.device) == logits.argmax(1, keepdim=True)
+def _one_hot(logits: Tensor, classes: Tensor) -> Tensor:
+    """Return (N, K) bool which of the logits (N, K) are those of the classes (N,)."""
+    return torch.arange(logits.shape[1], device=logits.device) == classes.unsqueeze(1)

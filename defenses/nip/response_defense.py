@@ -32,8 +32,8 @@ class FittedResponse:
     """A fitted defense on the CPU, in evaluation mode, with what it was measured to do.
 
     ``layer`` is that of the inverse perturbations, None where there are none, ``substitute`` says what is known of the
-    classifier that they were made of where that is another one. ``seconds`` is what each stage took,
-    however often the fit was taken up again.
+    classifier that they were made of where that is another one. ``seconds`` is what each stage took, however often the
+    fit was taken up again.
     """
 
     protected: ProtectedClassifier
@@ -108,13 +108,13 @@ class _Fit:
 
     def run(self) -> FittedResponse:
         plan, splits = self.plan, self.splits
-        layer = response_layer(self.classifier, plan)
         for text in plan.attacks:
             attack(text)
         for name, part in (("validation", splits.validation), ("calibration", splits.calibration)):
             if not len(part.images):
                 raise ValueError(f"Expected clean {name} images to settle the response by, got none.")
         pushing, judge = response_parts(self.classifier, plan)
+        layer = self.classifier.resolve_layer(pushing.layer) if pushing.layer else None
         substitute: Mapping[str, float] | None = None
         if layer is not None:
             assert isinstance(pushing.push, InversePush)

@@ -71,7 +71,7 @@ def fit_response(judge: ResponseJudge, validation: Pushed, calibration: Pushed, 
     margins = highest.values[:, 0] - highest.values[:, 1]
     judge.margin.fill_(-_within(-margins, right, highest.indices[:, 1] == targets, allowed))
     vote = _vote(calibration, right, allowed)
-    for tried in sorted({0.0, vote, *(each for each in VOTES if each < vote)}, reverse=True):
+    for tried in (*(each for each in reversed(VOTES) if each <= vote), 0.0):
         judge.vote.fill_(tried)
         answered = judge(bare, pushed, torch.zeros(len(targets), dtype=torch.bool)).argmax(1)
         if int(right.sum()) - int((answered == targets).sum()) <= 3 * allowed:
