@@ -84,9 +84,15 @@ TRAININGS: Mapping[str, Change] = {
 ONE_ATTACK = {name: f"fitted on {name}" for name in MEASURED}
 """The variations that are fitted on one attack, by the attack."""
 
+NOISY = _trained(inference_noise=15 / 255)
+
 REUSES: Mapping[str, Change] = {
     "input noise 5/255 at inference too": _trained(inference_noise=5 / 255),
-    "input noise 15/255 at inference too": _trained(inference_noise=15 / 255),
+    "input noise 15/255 at inference too": NOISY,
+    "input noise 20/255 at inference too": _trained(inference_noise=20 / 255),
+    "input noise 25/255 at inference too": _trained(inference_noise=25 / 255),
+    "no batch norm, input noise 15/255 at inference too": _both(TRAININGS["no batch norm"], NOISY),
+    "skips 16, 32, 64, 128, input noise 15/255 at inference too": _both(TRAININGS["skips 16, 32, 64, 128"], NOISY),
     "confusion in training only": _trained(confusion="training"),
     "full strength": _fitted(strength=1.0),
     "accuracy loss 2 %": _fitted(accuracy_loss=0.02),
@@ -108,7 +114,7 @@ REUSES: Mapping[str, Change] = {
     "fitted on fgsm, pgd-stop and pgd": _fitted(attacks=("fgsm", "pgd-stop", "pgd")),
     "fitted on those, deepfool and cw": _fitted(attacks=("fgsm", "pgd-stop", "pgd", "deepfool", "cw")),
 }
-"""Variations that use what was trained for the default again."""
+"""Variations that use again what was trained for the default, or for the training that their name begins with."""
 
 VARIATIONS: Mapping[str, Change] = {**TRAININGS, **REUSES}
 
@@ -146,12 +152,16 @@ def main(
                 continue
             folder, changed = work / "fits" / _slug(variation), change(plan)
             if variation in REUSES:
-                default = work / "fits" / _slug("default")
-                if not list(default.glob(CHOSEN)):
-                    fit_coophance(classifier, splits, plan, stages=Stages(default), device=CPU, progress=progress)
-                _link(default, folder, TRAINED)
-                if replace(changed, inspector=plan.inspector) == plan:
-                    _link(default, folder, [CHOSEN])
+                training = _training(variation)
+                trained, trained_plan = work / "fits" / _slug(training), TRAININGS[training](plan)
+                if not list(trained.glob(CHOSEN)):
+                    _link(work / "crafted", trained, CRAFTED)
+                    fit_coophance(
+                        classifier, splits, trained_plan, stages=Stages(trained), device=CPU, progress=progress
+                    )
+                _link(trained, folder, TRAINED)
+                if replace(changed, inspector=plan.inspector) == trained_plan:
+                    _link(trained, folder, [CHOSEN])
             _link(work / "crafted", folder, CRAFTED)
             start = time.perf_counter()
             result = _measure(classifier, splits, changed, Stages(folder), measured, progress)
@@ -196,6 +206,11 @@ def generalisation(variations: Mapping[str, Any]) -> str:
                 rates = [f"{100 * attacks[attacked]['resisted']:.1f}" for attacked in MEASURED]
                 lines.append([name.removeprefix("fitted on "), *rates])
     return _markdown(lines)
+
+
+def _training(variation: str) -> str:
+    """Return the training whose Regulator a variation uses again."""
+    return next((name for name in TRAININGS if variation.startswith(f"{name}, ")), "default")
 
 
 def _measure(

@@ -1,7 +1,18 @@
 """Attacks by name, behind one interface: model, x, y -> x_adv."""
 
+from defenses.attacks.attack import Attack, Facts
 from defenses.attacks.examples import AdversarialExamples, craft, fools
 from defenses.attacks.kept import craft_once
-from defenses.attacks.registry import ATTACKS, Attack, AttackUnknown, attack
+from defenses.attacks.registry import ATTACKS, AttackUnknown, attack
 
-__all__ = ["ATTACKS", "AdversarialExamples", "Attack", "AttackUnknown", "attack", "craft", "craft_once", "fools"]
+__all__ = [
+    "ATTACKS",
+    "AdversarialExamples",
+    "Attack",
+    "AttackUnknown",
+    "Facts",
+    "attack",
+    "craft",
+    "craft_once",
+    "fools",
+]

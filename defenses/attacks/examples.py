@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from defenses.attacks.registry import Attack
+from defenses.attacks.attack import Attack
 from defenses.pixels import to_8_bits, to_float
 from defenses.precision import full_precision
 

@@ -4,8 +4,8 @@ import time
 
 import torch
 
+from defenses.attacks.attack import Attack
 from defenses.attacks.examples import AdversarialExamples, craft
-from defenses.attacks.registry import Attack
 from defenses.classifier import Classifier
 from defenses.evaluation import Progress
 from defenses.splits import LabelledImages

@@ -1,8 +1,13 @@
 """PGD that stops, image by image, at the first step that succeeds."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from defenses.attacks.attack import Entry, Facts, Run
 
 
 def stopped_pgd(model: nn.Module, x: Tensor, y: Tensor, *, step_size: float, steps: int) -> Tensor:
@@ -26,3 +31,18 @@ def stopped_pgd(model: nn.Module, x: Tensor, y: Tensor, *, step_size: float, ste
         active = active[recognised]
         x_adv[active] = (current.detach() + step_size * gradient.sign()).clamp(0, 1)[recognised]
     return x_adv
+
+
+def _build(parameters: Mapping[str, float]) -> Run:
+    step_size, steps = parameters["step_size"], int(parameters["steps"])
+    return lambda model, x, y: stopped_pgd(model, x, y, step_size=step_size, steps=steps)
+
+
+STOPPED_PGD: Mapping[str, Entry] = MappingProxyType(
+    {
+        "pgd-stop": Entry(
+            {"step_size": 1 / 255, "steps": 50}, _build, Facts("none", "gradients", 100, "CoopHANCE, section 4.1.2")
+        )
+    }
+)
+"""PGD stopped at success, without a ball."""

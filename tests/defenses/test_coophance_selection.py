@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from defenses.attacks import AdversarialExamples, Attack
+from defenses.attacks import AdversarialExamples, Attack, Facts
 from defenses.coophance import Regulator, RegulatorConfig, Selection, select
 
 CPU = torch.device("cpu")
@@ -34,9 +34,8 @@ def attacked(*levels: float) -> AdversarialExamples:
     x_adv = grey(*levels)
     fooled = x_adv.mean((1, 2, 3)) < 0.5
     kinds = (torch.ones(len(levels), dtype=torch.int64), torch.arange(len(levels)), fooled, fooled)
-    return AdversarialExamples(
-        Attack("darken", MappingProxyType({}), lambda model, x, y: x), (grey(*levels) * 0 + 200).byte(), x_adv, *kinds
-    )
+    darken = Attack("darken", MappingProxyType({}), lambda model, x, y: x, Facts("none", "nothing", 0, "no paper"))
+    return AdversarialExamples(darken, (grey(*levels) * 0 + 200).byte(), x_adv, *kinds)
 
 
 CLEAN = (grey(0.1, 0.2, 0.35, 0.44, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1, 1]))
