@@ -23,7 +23,7 @@ from defenses.attacks import AdversarialExamples, attack, craft
 from defenses.classifier import Classifier
 from defenses.coophance import FitPlan, fit_coophance
 from defenses.evaluation import Progress
-from defenses.evaluation.scenario_a import ScenarioA
+from defenses.evaluation.measurement import Measurement
 from defenses.splits import Splits
 from defenses.stages import Stages
 from model_store import Store, parse_reference
@@ -222,7 +222,7 @@ def _measure(
     progress: Progress,
 ) -> dict[str, Any]:
     fitted = fit_coophance(classifier, splits, plan, stages=stages, device=CPU, progress=progress)
-    scenario = ScenarioA(fitted.protected, CPU, plan.seed)
+    scenario = Measurement(fitted.protected, CPU, plan.seed)
     rows = [scenario.attacked(each, fitted.clean_scores)[0] for each in examples]
     return {
         "clean": asdict(fitted.clean),

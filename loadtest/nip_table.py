@@ -22,7 +22,7 @@ from defenses.attacks import AdversarialExamples, attack, craft_once
 from defenses.classifier import Classifier
 from defenses.detector import NoDetector
 from defenses.evaluation import Progress
-from defenses.evaluation.rates import wilson_interval
+from defenses.evaluation.rates import exact_interval
 from defenses.nip import InverseCorrection, InversePerturbation, Pushing, Replaced, ResponseJudge, fit_response
 from defenses.nip.oracle import oracle_answers
 from defenses.nip.push import Push, ReplacedPush
@@ -304,14 +304,14 @@ def _right(row: Row, images: Tensor, clean: Tensor, targets: Tensor, seeds: int)
 
 
 def _summary(rows: list[Row], right: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
-    """Return each row's rates with Wilson intervals at 95 % (of one seed), and how far controls are below.
+    """Return each row's rates with Clopper-Pearson intervals at 95 % (of one seed), and how far controls are below.
 
     The difference is taken image by image, over the seeds' means; its interval is that of a mean at 95 %.
     """
     summary: dict[str, Any] = {}
     for row in rows:
         rates = {
-            each: {"images": hits.shape[1], "rate": float(hits.float().mean()), "interval": wilson_interval(hits[0])}
+            each: {"images": hits.shape[1], "rate": float(hits.float().mean()), "interval": exact_interval(hits[0])}
             for each, hits in right[row.name].items()
         }
         below = {}

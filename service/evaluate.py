@@ -10,7 +10,7 @@ import torch
 from defenses.attacks import AdversarialExamples, attack, craft
 from defenses.classifier import Classifier
 from defenses.evaluation import Progress
-from defenses.evaluation.rates import CleanRow, Interval, rate, wilson_interval
+from defenses.evaluation.rates import CleanRow, Interval, exact_interval, rate
 from service.client import Client, Served, Told
 from service.datasets import Split
 from service.settings import Mode
@@ -54,7 +54,7 @@ class AttackRow:
     ``fooling`` of the ``attempted`` images fool the bare classifier after rounding to 8 bits and are sent
     (``fooling_as_crafted`` before rounding); everything else is over those, and None where there are none.
     ``corrected`` are answered with the true class, and ``resisted`` are that or alerted (section 4.1.1), with the
-    Wilson interval at 95 %.
+    Clopper-Pearson interval at 95 %.
     """
 
     attack: str
@@ -87,7 +87,7 @@ class AttackRow:
             corrected=rate(measured.right),
             alerted=rate(measured.alerted),
             resisted=rate(resisted),
-            resisted_interval=wilson_interval(resisted),
+            resisted_interval=exact_interval(resisted),
         )
 
 

@@ -9,8 +9,8 @@ from defenses.attacks import attack
 from defenses.coophance import Regulator
 from defenses.detector import NoDetector
 from defenses.evaluation import Progress
+from defenses.evaluation.measurement import ExampleRow, Measurement
 from defenses.evaluation.rates import CleanRow
-from defenses.evaluation.scenario_a import ScenarioA, ScenarioARow
 from defenses.protected import ProtectedClassifier
 from model_store import Fetched
 from service.attack_run import AttackRun, run_attack
@@ -51,7 +51,7 @@ class ScenarioAReport:
     version: int
     threshold: float | list[float] | None
     clean: CleanRow
-    rows: tuple[ScenarioARow, ...]
+    rows: tuple[ExampleRow, ...]
     attacks: tuple[AttackRun, ...]
     plan: ScenarioAPlan
     dataset: dict[str, str | int]
@@ -85,7 +85,7 @@ def measure_scenario_a(
     if plan.confusion is not None:
         assert isinstance(protected.purifier, Regulator)
         protected.purifier.set_confusion(plan.confusion)
-    scenario = ScenarioA(protected, device, plan.seed, noise_scale=float(plan.noise))
+    scenario = Measurement(protected, device, plan.seed, noise_scale=float(plan.noise))
     images, targets = in_seeded_order(dataset.test, plan.seed)
     progress("clean", 0, 1)
     clean, clean_scores = scenario.clean(images, targets)

@@ -7,8 +7,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
+from defenses.attacks import Form
+from defenses.evaluation.measurement import ExampleRow
 from defenses.evaluation.rates import Interval
-from defenses.evaluation.scenario_a import Form, ScenarioARow
 from defenses.nip import SuccessRow
 from service.evaluate import Report
 from service.nip_success import SuccessReport
@@ -80,7 +81,7 @@ def _clean_table(report: ScenarioAReport) -> Table:
     return table
 
 
-def _attack_table(form: str, rows: Sequence[ScenarioARow]) -> Table:
+def _attack_table(form: str, rows: Sequence[ExampleRow]) -> Table:
     table = _plain_table(f"crafted on the bare classifier, {form}")
     table.caption = "Answered: with the true class. Inspector: alerted. Resisted: either."
     table.add_column("attack", overflow="fold")
@@ -91,8 +92,8 @@ def _attack_table(form: str, rows: Sequence[ScenarioARow]) -> Table:
             row.attack,
             f"{row.fooling}/{row.attempted}",
             _decimal(row.distortion_l2, 2),
-            _percent(row.regulator),
-            _percent(row.inspector),
+            _percent(row.corrected),
+            _percent(row.alerted),
             _percent(row.resisted),
             _range(row.resisted_interval),
             _decimal(row.auc, 3),

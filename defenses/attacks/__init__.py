@@ -1,7 +1,7 @@
 """Attacks by name, behind one interface: model, x, y -> x_adv."""
 
 from defenses.attacks.attack import Attack, Facts
-from defenses.attacks.examples import AdversarialExamples, craft, fools
+from defenses.attacks.examples import AdversarialExamples, Form, craft, fools
 from defenses.attacks.kept import craft_once
 from defenses.attacks.registry import ATTACKS, AttackUnknown, attack
 
@@ -11,6 +11,7 @@ __all__ = [
     "Attack",
     "AttackUnknown",
     "Facts",
+    "Form",
     "attack",
     "craft",
     "craft_once",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 from defenses.attacks.attack import Attack
 from defenses.pixels import to_8_bits, to_float
 from defenses.precision import full_precision
+
+Form = Literal["as crafted", "rounded"]
+"""Adversarial examples as they were crafted, or rounded to 8 bits, as a file or a client would send them."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,12 @@ class AdversarialExamples:
     rows: Tensor
     fooled: Tensor
     fooled_rounded: Tensor
+
+    def fooling(self, form: Form) -> tuple[Tensor, Tensor]:
+        """Return bool (N,) which images fool the model in a form, and those (M, C, H, W): float, or rounded uint8."""
+        if form == "as crafted":
+            return self.fooled, self.x_adv[self.fooled]
+        return self.fooled_rounded, to_8_bits(self.x_adv[self.fooled_rounded])
 
     @property
     def rounded(self) -> Tensor:
@@ -56,11 +66,14 @@ class AdversarialExamples:
         return mean_distance(self.x[kept], to_8_bits(self.x_adv[kept]))
 
 
-def mean_distance(x: Tensor, x_adv: Tensor) -> float | None:
-    """Return the mean L2 distance of two sets of images, each uint8 or float in [0, 1]; None of none."""
+def mean_distance(x: Tensor, x_adv: Tensor, order: float = 2) -> float | None:
+    """Return the mean distance of two sets of images, each uint8 or float in [0, 1], in the L norm of an order.
+
+    It is None where there are none.
+    """
     if not len(x):
         return None
-    return float((to_float(x_adv) - to_float(x)).flatten(1).norm(dim=1).mean())
+    return float((to_float(x_adv) - to_float(x)).flatten(1).norm(order, dim=1).mean())
 
 
 @torch.no_grad()

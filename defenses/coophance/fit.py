@@ -20,8 +20,8 @@ from defenses.coophance.selection import STRENGTHS, Selection, select
 from defenses.coophance.trainer import TrainingPlan
 from defenses.coophance.training import TrainedRegulator, fit_regulator, steps_in
 from defenses.evaluation import Progress, run_batched
+from defenses.evaluation.measurement import ExampleRow, Measurement
 from defenses.evaluation.rates import CleanRow
-from defenses.evaluation.scenario_a import ScenarioA, ScenarioARow
 from defenses.precision import full_precision
 from defenses.protected import ProtectedClassifier
 from defenses.splits import LabelledImages, Splits
@@ -48,7 +48,7 @@ class Fitted:
     calibration_scores: Tensor
     clean: CleanRow
     clean_scores: Tensor
-    attacks: tuple[ScenarioARow, ...]
+    attacks: tuple[ExampleRow, ...]
     test_examples: tuple[AdversarialExamples, ...]
     seconds: Mapping[str, float]
 
@@ -130,7 +130,7 @@ class _Fit:
         protected = ProtectedClassifier(self.classifier, chosen, inspector, float("inf")).eval()
         scores = self.calibrate(protected)
         measured = [self.crafted(each, splits.test, plan.test_examples, "test") for each in attacks]
-        scenario = ScenarioA(protected, self.device, plan.seed)
+        scenario = Measurement(protected, self.device, plan.seed)
         clean, clean_scores = scenario.clean(*splits.test)
         rows = tuple(row for each in measured for row in scenario.attacked(each, clean_scores))
         return Fitted(

@@ -14,11 +14,11 @@ def rate(counted: Tensor) -> float:
     return int(counted.sum()) / len(counted)
 
 
-def wilson_interval(counted: Tensor) -> Interval:
-    """Return the Wilson score interval at 95 % of the share that is true among one or more, bool (N,)."""
+def exact_interval(counted: Tensor) -> Interval:
+    """Return the Clopper-Pearson interval at 95 % of the share that is true among one or more, bool (N,)."""
     from scipy.stats import binomtest
 
-    low, high = binomtest(int(counted.sum()), len(counted)).proportion_ci(0.95, method="wilson")
+    low, high = binomtest(int(counted.sum()), len(counted)).proportion_ci(0.95, method="exact")
     return float(low), float(high)
 
 
@@ -27,7 +27,8 @@ class CleanRow:
     """What a defense did to clean images.
 
     ``accuracy`` counts an answer as right whether or not it is alerted; ``accepted_accuracy`` counts an alert as an
-    error. ``undefended_accuracy`` is the bare classifier's. ``false_positive_interval`` is the Wilson interval at 95 %.
+    error. ``undefended_accuracy`` is the bare classifier's. ``false_positive_interval`` is the Clopper-Pearson
+    interval at 95 %.
     """
 
     images: int
@@ -46,5 +47,5 @@ class CleanRow:
             accuracy=rate(right),
             accepted_accuracy=rate(right & ~alerted),
             false_positive_rate=rate(alerted),
-            false_positive_interval=wilson_interval(alerted),
+            false_positive_interval=exact_interval(alerted),
         )

@@ -8,8 +8,8 @@ import torch
 from defenses.attacks import AdversarialExamples, attack, craft_once
 from defenses.detector import NoDetector
 from defenses.evaluation import Progress
+from defenses.evaluation.measurement import ExampleRow, Measurement
 from defenses.evaluation.rates import CleanRow
-from defenses.evaluation.scenario_a import ScenarioA, ScenarioARow
 from defenses.protected import ProtectedClassifier
 from defenses.splits import LabelledImages
 from defenses.stages import Stages
@@ -25,7 +25,7 @@ class Measured:
     """
 
     clean: CleanRow
-    attacks: tuple[ScenarioARow, ...]
+    attacks: tuple[ExampleRow, ...]
     examples: tuple[AdversarialExamples, ...]
     inspected: bool
 
@@ -41,10 +41,10 @@ class Measured:
         for row in self.attacks:
             if row.form == "as crafted":
                 metrics[f"attack_success_rate.{row.attack}"] = row.fooling / row.attempted
-                if row.regulator is not None:
-                    metrics[f"defense_success_rate.{row.attack}"] = row.regulator
-                if self.inspected and row.inspector is not None:
-                    metrics[f"alert_rate.{row.attack}"] = row.inspector
+                if row.corrected is not None:
+                    metrics[f"defense_success_rate.{row.attack}"] = row.corrected
+                if self.inspected and row.alerted is not None:
+                    metrics[f"alert_rate.{row.attack}"] = row.alerted
         return metrics
 
 
@@ -92,7 +92,7 @@ def measure(
         )
         for text in plan.attacks
     )
-    scenario = ScenarioA(protected, device, plan.seed, batch_size=plan.batch_size)
+    scenario = Measurement(protected, device, plan.seed, batch_size=plan.batch_size)
     clean, scores = scenario.clean(*test)
     rows = tuple(row for each in examples for row in scenario.attacked(each, scores))
     return Measured(clean, rows, examples, not isinstance(protected.detector, NoDetector))

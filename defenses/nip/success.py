@@ -8,10 +8,9 @@ from typing import Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from defenses.attacks import AdversarialExamples
+from defenses.attacks import AdversarialExamples, Form
 from defenses.attacks.examples import mean_distance
-from defenses.evaluation.rates import Interval, rate, wilson_interval
-from defenses.evaluation.scenario_a import Form
+from defenses.evaluation.rates import Interval, exact_interval, rate
 from defenses.nip.inverse_perturbation import Control, InversePerturbation
 from defenses.nip.oracle import oracle_answers
 from defenses.pixels import to_float
@@ -24,7 +23,7 @@ Direction = Literal["nearest", "random", "gaussian", "oracle"]
 
 @dataclass(frozen=True)
 class CleanSuccess:
-    """What moving clean images in one direction does: accuracy without it and with it, with its Wilson interval.
+    """What moving clean images in one direction does: accuracy without it and with it, with its interval at 95 %.
 
     ``moved_l2`` is the mean L2 distance that an image is moved, for images in [0, 1].
     """
@@ -43,7 +42,7 @@ class SuccessRow:
 
     ``fooling`` of the ``attempted`` images fool the bare classifier in that form, with the mean L2 distance
     ``distortion_l2`` from the clean ones. ``success`` is the share of those that is then answered with the true class,
-    whether alerted or not, with its Wilson interval at 95 %; ``moved_l2`` is how far they are moved. All but the
+    whether alerted or not, with its interval at 95 %; ``moved_l2`` is how far they are moved. All but the
     counts are None where none fools.
     """
 
@@ -97,7 +96,7 @@ class DefenseSuccess:
             len(images),
             rate(moved.undefended == targets),
             rate(right),
-            wilson_interval(right),
+            exact_interval(right),
             moved.moved_l2,
         )
 
@@ -126,7 +125,7 @@ class DefenseSuccess:
         else:
             predicted, _, moved_l2 = self._moved(images, direction)
         right = predicted == examples.y[fooled]
-        return SuccessRow(*counted, rate(right), wilson_interval(right), moved_l2)
+        return SuccessRow(*counted, rate(right), exact_interval(right), moved_l2)
 
     @torch.no_grad()
     def _moved(self, images: Tensor, direction: Literal["nearest"] | Control) -> _Moved:

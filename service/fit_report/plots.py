@@ -62,13 +62,13 @@ def detector_plot(report: dict[str, Any]) -> Markup:
             if xs:
                 label = f"{row['attack']}  (AUC {row['detector_auc']:.3f})"
                 axes.plot(xs, ys, color=_line(index), label=label)
-                _mark(axes, index, clean["false_positive_rate"], row["inspector"])
+                _mark(axes, index, clean["false_positive_rate"], row["alerted"])
         axes.set_ylim(0, 1.02)
         _budget_line(axes, report["guarantee"]["budget"])
         figure.legend(loc="outside lower left")
 
     described = "; ".join(
-        f"{row['attack']}: {_told(row['inspector'])} alerted, area {row['detector_auc']:.3f}"
+        f"{row['attack']}: {_told(row['alerted'])} alerted, area {row['detector_auc']:.3f}"
         for row in map(_crafted, report["attacks"])
         if row["detector_auc"] is not None
     )
@@ -109,7 +109,7 @@ def score_plot(report: dict[str, Any], index: int) -> Markup:
     row = _crafted(attack)
     described = (
         f"Of {sum(clean)} clean images {_told(report['clean']['false_positive_rate'])} score above the threshold, of "
-        f"{sum(left) + sum(corrected)} examples {_told(row['inspector'])}; {sum(left)} examples are answered wrongly."
+        f"{sum(left) + sum(corrected)} examples {_told(row['alerted'])}; {sum(left)} examples are answered wrongly."
     )
     return draw(f"scores-{index}", f"Scores under {attack['name']}", described, WIDE_SIZE, paint)
 

@@ -135,7 +135,7 @@ def test_a_version_is_measured_from_the_store_without_a_gateway(report, publishe
     for row in report["rows"]:
         assert row["attempted"] == 40
         assert row["fooling"] > 5
-        assert row["resisted"] >= max(row["regulator"], row["inspector"]) > 0
+        assert row["resisted"] >= max(row["corrected"], row["alerted"]) > 0
         assert row["resisted_interval"][0] <= row["resisted"] <= row["resisted_interval"][1]
         assert 0.5 < row["auc"] <= 1
         assert row["curve"][-1] == [1, 1]
@@ -182,8 +182,8 @@ def test_the_rates_are_those_of_the_defense_on_the_bare_classifiers_examples(rep
         output = protected(made.x_adv[made.fooled])
     row = report["rows"][0]
     assert row["fooling"] == len(y)
-    assert row["regulator"] == pytest.approx((output.logits.argmax(1) == y).double().mean().item())
-    assert row["inspector"] == pytest.approx(output.alerts.double().mean().item())
+    assert row["corrected"] == pytest.approx((output.logits.argmax(1) == y).double().mean().item())
+    assert row["alerted"] == pytest.approx(output.alerts.double().mean().item())
     assert row["distortion_l2"] == pytest.approx(made.distortion)
 
 

@@ -246,17 +246,17 @@ def test_the_scores_that_are_shown_are_those_that_were_measured(report, fitted):
     left, corrected, clean = (sum(histogram[kind]) for kind in ("left", "corrected", "clean"))
     assert clean == 400
     assert left + corrected == row.fooling > 50
-    assert corrected / row.fooling == row.regulator
+    assert corrected / row.fooling == row.corrected
     look = look_at(
         fitted.protected, fitted.test_examples[0], LABELS, fitted.calibration_scores, device=CPU, seed=PLAN.seed
     )
-    assert float((look.scores > fitted.protected.threshold).double().mean()) == row.inspector
+    assert float((look.scores > fitted.protected.threshold).double().mean()) == row.alerted
     assert len(histogram["edges"]) == BINS + 1
     assert sorted(histogram["edges"]) == histogram["edges"]
     # The detector's curve passes through the share that is alerted.
     assert attack["detector_curve"][0] == [0, 0]
     at_threshold = max(share for rate, share in attack["detector_curve"] if rate <= fitted.clean.false_positive_rate)
-    assert at_threshold == pytest.approx(row.inspector, abs=0.02)
+    assert at_threshold == pytest.approx(row.alerted, abs=0.02)
 
 
 def test_the_samples_are_the_first_that_fool_the_classifier(report, fitted):
@@ -438,7 +438,7 @@ def test_a_regulator_used_again_has_no_curves_and_each_class_its_threshold(reuse
     look = look_at(
         reused.protected, reused.test_examples[0], LABELS, reused.calibration_scores, device=CPU, seed=PLAN.seed
     )
-    assert float((look.scores > 0).double().mean()) == reused.attacks[0].inspector
+    assert float((look.scores > 0).double().mean()) == reused.attacks[0].alerted
     page = Page((tmp_path / PAGE_FILE).read_text(encoding="utf-8"))
     assert "scans-1x16x16@1" in page.text
     assert "is used again: nothing was trained here" in page.text

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from defenses.evaluation.rates import Interval, rate, wilson_interval
+from defenses.evaluation.rates import Interval, exact_interval, rate
 from defenses.nip.plan import AMPLITUDES
 from defenses.nip.studies.subject import StudySubject
 from defenses.pixels import to_float
@@ -18,7 +18,7 @@ Answer = Callable[[Tensor, tuple[float, ...]], list[Tensor]]
 
 @dataclass(frozen=True)
 class Share:
-    """How many of so many images, the rate and its Wilson interval at 95 %; the last two are None of no image."""
+    """How many of so many images, the rate and its exact interval at 95 %; the last two are None of no image."""
 
     images: int
     counted: int
@@ -30,7 +30,7 @@ class Share:
         """Count what is true among bool (N,)."""
         if not len(counted):
             return cls(0, 0)
-        return cls(len(counted), int(counted.sum()), rate(counted), wilson_interval(counted))
+        return cls(len(counted), int(counted.sum()), rate(counted), exact_interval(counted))
 
 
 @dataclass(frozen=True)

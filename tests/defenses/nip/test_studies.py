@@ -9,7 +9,7 @@ from torch import Tensor
 
 from defenses.attacks import attack, craft
 from defenses.detector import NoDetector
-from defenses.evaluation.rates import wilson_interval
+from defenses.evaluation.rates import exact_interval
 from defenses.nip import (
     DefenseSuccess,
     InversePerturbation,
@@ -128,7 +128,7 @@ def test_the_groups_are_counted_image_by_image(subject, network):
     row = rows["tail", "adversarial"]
     assert (row.before, row.after) == pytest.approx((float(before.mean()), float(after.mean())), rel=1e-2)
     assert abs(row.suppressed.counted - int((after < before).sum())) <= 1
-    assert row.suppressed.interval == wilson_interval(torch.arange(row.suppressed.images) < row.suppressed.counted)
+    assert row.suppressed.interval == exact_interval(torch.arange(row.suppressed.images) < row.suppressed.counted)
     assert row.suppressed.counted + row.raised.counted <= row.suppressed.images == len(y)
 
 

@@ -14,8 +14,8 @@ from defenses.classifier import Classifier
 from defenses.detector import Detector
 from defenses.evaluation import run_batched
 from defenses.evaluation.curves import ResistanceCurve
-from defenses.evaluation.rates import CleanRow, wilson_interval
-from defenses.evaluation.scenario_a import ScenarioA
+from defenses.evaluation.measurement import Measurement
+from defenses.evaluation.rates import CleanRow, exact_interval
 from defenses.onnx_import import canonicalise
 from defenses.onnx_trace import export_classifier
 from defenses.protected import ProtectedClassifier
@@ -118,8 +118,8 @@ def protected(classifier, digits) -> ProtectedClassifier:
 
 
 @pytest.fixture(scope="module")
-def scenario(protected) -> ScenarioA:
-    return ScenarioA(protected, CPU, seed=3)
+def scenario(protected) -> Measurement:
+    return Measurement(protected, CPU, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -160,10 +160,10 @@ def test_each_form_is_counted_over_the_images_that_fool_in_it(scenario, protecte
             output = protected(images[fooled])
         corrected, y = output.logits.argmax(1) == made.y[fooled], made.y[fooled]
         assert (output.undefended_logits.argmax(1) != y).all()
-        assert row.regulator == corrected.sum().item() / row.fooling
-        assert row.inspector == output.alerts.sum().item() / row.fooling
+        assert row.corrected == corrected.sum().item() / row.fooling
+        assert row.alerted == output.alerts.sum().item() / row.fooling
         assert row.resisted == (corrected | output.alerts).sum().item() / row.fooling
-        assert max(row.regulator, row.inspector) <= row.resisted <= row.regulator + row.inspector
+        assert max(row.corrected, row.alerted) <= row.resisted <= row.corrected + row.alerted
         low, high = row.resisted_interval
         assert low <= row.resisted <= high
         truth = torch.cat([torch.zeros(len(clean[1])), torch.ones(row.fooling)])
@@ -172,13 +172,13 @@ def test_each_form_is_counted_over_the_images_that_fool_in_it(scenario, protecte
         assert row.auc == pytest.approx(roc_auc_score(truth, torch.cat([clean[1], surely])))
         if distortion:
             assert row.distortion_l2 == pytest.approx(distortion)
-    assert 0 < rows[0].regulator < 1
+    assert 0 < rows[0].corrected < 1
     assert rows[0].detector_auc > 0.5
 
 
 def test_whole_grey_levels_give_the_same_row_in_both_forms(scenario, examples, clean):
     crafted, rounded = scenario.attacked(examples("fgsm:epsilon=40/255"), clean[1])
-    assert (crafted.fooling, crafted.regulator) == (rounded.fooling, rounded.regulator)
+    assert (crafted.fooling, crafted.corrected) == (rounded.fooling, rounded.corrected)
     assert crafted.auc == pytest.approx(rounded.auc, abs=1e-3)
 
 
@@ -193,7 +193,7 @@ def test_where_nothing_fools_after_rounding_there_is_a_count_and_no_rate(scenari
     assert (crafted.fooling, rounded.fooling, rounded.attempted) == (4, 0, 4)
     assert crafted.resisted is not None
     assert rounded.form == "rounded"
-    assert (rounded.distortion_l2, rounded.regulator, rounded.inspector, rounded.resisted) == (None,) * 4
+    assert (rounded.distortion_l2, rounded.corrected, rounded.alerted, rounded.resisted) == (None,) * 4
     assert (rounded.resisted_interval, rounded.auc, rounded.detector_auc, rounded.curve) == (None, None, None, ())
 
 
@@ -209,17 +209,17 @@ def test_the_same_seed_gives_the_same_row_whatever_went_before_and_moves_no_othe
     torch.rand(100)
     assert scenario.attacked(made, clean[1]) == first
     assert scenario.clean(digits[0][700:], digits[1][700:])[0] == clean[0]
-    seeds = [ScenarioA(protected, CPU, seed).attacked(made, clean[1]) for seed in range(4, 8)]
+    seeds = [Measurement(protected, CPU, seed).attacked(made, clean[1]) for seed in range(4, 8)]
     assert any(rows != first for rows in seeds), "other noise should lead somewhere else"
 
 
 def test_the_noise_can_be_switched_off(protected, examples, clean):
     made = examples("fgsm:epsilon=40/255")
-    quiet = [ScenarioA(protected, CPU, seed, noise_scale=0.0).attacked(made, clean[1]) for seed in (0, 1)]
+    quiet = [Measurement(protected, CPU, seed, noise_scale=0.0).attacked(made, clean[1]) for seed in (0, 1)]
     assert quiet[0] == quiet[1]
     with torch.no_grad():
         answers = protected(made.x_adv[made.fooled], torch.zeros(())).logits.argmax(1)
-    assert quiet[0][0].regulator == pytest.approx((answers == made.y[made.fooled]).float().mean().item())
+    assert quiet[0][0].corrected == pytest.approx((answers == made.y[made.fooled]).float().mean().item())
 
 
 def test_thresholds_of_single_classes_are_swept_together(protected, scenario, digits, examples, clean):
@@ -230,11 +230,11 @@ def test_thresholds_of_single_classes_are_swept_together(protected, scenario, di
         protected.classifier, protected.purifier, Shifted(protected.detector, shifts), float("inf")
     ).eval()
     apart.threshold = protected.threshold + shifts
-    row, scores = ScenarioA(apart, CPU, seed=3).clean(images, targets)
+    row, scores = Measurement(apart, CPU, seed=3).clean(images, targets)
     assert row == clean[0]
-    crafted = ScenarioA(apart, CPU, seed=3).attacked(made, scores)[0]
+    crafted = Measurement(apart, CPU, seed=3).attacked(made, scores)[0]
     expected = scenario.attacked(made, clean[1])[0]
-    assert (crafted.resisted, crafted.inspector) == (expected.resisted, expected.inspector)
+    assert (crafted.resisted, crafted.alerted) == (expected.resisted, expected.alerted)
     assert crafted.auc == pytest.approx(expected.auc, abs=1e-3)
     assert crafted.detector_auc == pytest.approx(expected.detector_auc, abs=1e-3)
 
@@ -289,8 +289,8 @@ def test_scores_that_are_not_finite_are_refused(bad):
 
 @pytest.mark.parametrize(
     ("count", "total", "interval"),
-    [(0, 100, (0.0, 0.0370)), (50, 100, (0.4038, 0.5962)), (88, 100, (0.8020, 0.9299)), (1, 1, (0.2065, 1.0))],
+    [(0, 100, (0.0, 0.0362)), (50, 100, (0.3983, 0.6017)), (88, 100, (0.7998, 0.9364)), (1, 1, (0.025, 1.0))],
 )
-def test_intervals_are_wilsons(count, total, interval):
+def test_intervals_are_clopper_and_pearsons(count, total, interval):
     counted = torch.arange(total) < count
-    assert wilson_interval(counted) == pytest.approx(interval, abs=5e-4)
+    assert exact_interval(counted) == pytest.approx(interval, abs=5e-4)

@@ -1,35 +1,33 @@
-"""Scenario A: the attacker knows the classifier and not the defense (CoopHANCE, section 2.3)."""
+"""What a defense does to clean images and to adversarial examples."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from defenses.attacks import AdversarialExamples
+from defenses.attacks import AdversarialExamples, Form
+from defenses.attacks.examples import mean_distance
 from defenses.detector import NoDetector
 from defenses.evaluation import Answers, resisted, run_batched
 from defenses.evaluation.curves import ResistanceCurve
-from defenses.evaluation.rates import CleanRow, Interval, rate, wilson_interval
+from defenses.evaluation.rates import CleanRow, Interval, exact_interval, rate
 from defenses.judge import PurifiedAnswer
 from defenses.precision import full_precision
 from defenses.protected import ProtectedClassifier
 
-Form = Literal["as crafted", "rounded"]
-"""Adversarial examples as they were crafted, or rounded to 8 bits, as a file or a client would send them."""
-
 
 @dataclass(frozen=True)
-class ScenarioARow:
-    """What a defense did to one attack's examples, crafted on the bare classifier, in one form.
+class ExampleRow:
+    """What a defense did to one attack's examples in one form.
 
-    ``fooling`` of the ``attempted`` images fool the bare classifier in that form; everything else is over those, and
-    None where there are none. ``distortion_l2`` is their mean L2 distance, for images in [0, 1]. ``regulator`` is the
-    share that is answered with the true class, which is what the purifier does alone, ``inspector`` the share that is
-    alerted, the detector alone, and ``resisted`` the share of which either holds (section 4.1.1), with its Wilson
-    interval at 95 %. ``auc`` is the area under resistance over false positives as the threshold sweeps, ``curve`` at
-    most 200 points (false-positive rate, resistance rate) of it; ``detector_auc`` is that of the scores alone. Without
-    a detector there is none of them, and no ``auc`` and ``curve`` where the answer itself depends on the alert.
+    ``fooling`` of the ``attempted`` images fool the model that they were crafted on in that form; everything else is
+    over those, and None where there are none. ``distortion_l2`` and ``distortion_linf`` are their mean distances, for
+    images in [0, 1]. ``corrected`` is the share that is answered with the true class, which is what the purifier does
+    alone, ``alerted`` the share that is alerted, the detector alone, and ``resisted`` the share of which either holds
+    (CoopHANCE, section 4.1.1), with its interval at 95 %. ``auc`` is the area under resistance over false positives as
+    the threshold sweeps, ``curve`` at most 200 points (false-positive rate, resistance rate) of it;
+    ``detector_auc`` is that of the scores alone. Without a detector there is none of them, and no ``auc`` and ``curve``
+    where the answer itself depends on the alert.
     """
 
     attack: str
@@ -37,8 +35,9 @@ class ScenarioARow:
     attempted: int
     fooling: int
     distortion_l2: float | None
-    regulator: float | None = None
-    inspector: float | None = None
+    distortion_linf: float | None
+    corrected: float | None = None
+    alerted: float | None = None
     resisted: float | None = None
     resisted_interval: Interval | None = None
     auc: float | None = None
@@ -47,8 +46,8 @@ class ScenarioARow:
 
 
 @dataclass(frozen=True)
-class ScenarioA:
-    """Measure a protected classifier, in evaluation mode on ``device``, in scenario A.
+class Measurement:
+    """Measure a protected classifier, in evaluation mode on ``device``.
 
     ``noise_scale`` multiplies all noise of the defense. The noise is drawn from ``seed`` anew for each measurement, so
     that each gives the same row whatever was measured before it, and the global random state is left as it was.
@@ -76,41 +75,35 @@ class ScenarioA:
         )
         return row, self._comparable_scores(answers)
 
-    def attacked(self, examples: AdversarialExamples, clean_scores: Tensor) -> tuple[ScenarioARow, ScenarioARow]:
+    def attacked(self, examples: AdversarialExamples, clean_scores: Tensor) -> tuple[ExampleRow, ExampleRow]:
         """Return what happens to adversarial examples as crafted, and to the same rounded to 8 bits.
 
         ``clean_scores`` (N,) are those that ``clean`` returns, of images that the defense was neither fitted nor
         calibrated on.
         """
-        kept, rounded = examples.fooled, examples.fooled_rounded
-        return (
-            self._row(examples, "as crafted", examples.x_adv[kept], kept, examples.distortion, clean_scores),
-            self._row(
-                examples, "rounded", examples.rounded[rounded], rounded, examples.distortion_rounded, clean_scores
-            ),
-        )
+        return self._row(examples, "as crafted", clean_scores), self._row(examples, "rounded", clean_scores)
 
-    def _row(
-        self,
-        examples: AdversarialExamples,
-        form: Form,
-        images: Tensor,
-        fooled: Tensor,
-        distortion: float | None,
-        clean_scores: Tensor,
-    ) -> ScenarioARow:
-        counted = (examples.attack.name, form, len(fooled), len(images), distortion)
+    def _row(self, examples: AdversarialExamples, form: Form, clean_scores: Tensor) -> ExampleRow:
+        fooled, images = examples.fooling(form)
+        row = ExampleRow(
+            examples.attack.name,
+            form,
+            attempted=len(fooled),
+            fooling=len(images),
+            distortion_l2=mean_distance(examples.x[fooled], images),
+            distortion_linf=mean_distance(examples.x[fooled], images, torch.inf),
+        )
         if not len(images):
-            return ScenarioARow(*counted)
+            return row
         answers, y = self._answers(images), examples.y[fooled]
         corrected, either = answers.logits.argmax(1) == y, resisted(answers, y)
         scores = self._comparable_scores(answers)
-        row = ScenarioARow(
-            *counted,
-            regulator=rate(corrected),
-            inspector=rate(answers.alerts),
+        row = replace(
+            row,
+            corrected=rate(corrected),
+            alerted=rate(answers.alerts),
             resisted=rate(either),
-            resisted_interval=wilson_interval(either),
+            resisted_interval=exact_interval(either),
         )
         if isinstance(self.protected.detector, NoDetector):
             return row
