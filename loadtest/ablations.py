@@ -2,7 +2,7 @@
 
 `python -m loadtest.ablations resnet20 --data ... --output results.json` fits and measures every variation that has not
 been measured yet, so that it may be stopped and taken up again, and prints the tables of all that have been. Several
-processes may share the work, each with variations of its own (`--only`), once the default has been measured.
+processes may share the work, each with variations of its own (`--only`), once the base has been measured.
 """
 
 import json
@@ -63,8 +63,11 @@ PLAIN = "no fusion"
 PUBLISHED = _inspected(fusion=False, surviving=False)
 """The published Inspector: the regressions' decision alone, fitted to all attacks."""
 
+BASE = "no input noise at inference"
+"""What all the others vary: the default but for this, so that one Regulator serves every noise at inference."""
+
 TRAININGS: Mapping[str, Change] = {
-    "default": lambda plan: plan,
+    BASE: lambda plan: plan,
     "network gives the image": _trained(output="image"),
     "skips 16, 32, 64, 128": _trained(skip_channels=(16, 32, 64, 128)),
     "skips 0, 2, 4, 8": _trained(skip_channels=(0, 2, 4, 8)),
@@ -87,12 +90,12 @@ ONE_ATTACK = {name: f"fitted on {name}" for name in MEASURED}
 NOISY = _trained(inference_noise=15 / 255)
 
 REUSES: Mapping[str, Change] = {
-    "input noise 5/255 at inference too": _trained(inference_noise=5 / 255),
-    "input noise 15/255 at inference too": NOISY,
-    "input noise 20/255 at inference too": _trained(inference_noise=20 / 255),
-    "input noise 25/255 at inference too": _trained(inference_noise=25 / 255),
-    "no batch norm, input noise 15/255 at inference too": _both(TRAININGS["no batch norm"], NOISY),
-    "skips 16, 32, 64, 128, input noise 15/255 at inference too": _both(TRAININGS["skips 16, 32, 64, 128"], NOISY),
+    "input noise 5/255 at inference": _trained(inference_noise=5 / 255),
+    "input noise 15/255 at inference, the default": NOISY,
+    "input noise 20/255 at inference": _trained(inference_noise=20 / 255),
+    "input noise 25/255 at inference": _trained(inference_noise=25 / 255),
+    "no batch norm, input noise 15/255 at inference": _both(TRAININGS["no batch norm"], NOISY),
+    "skips 16, 32, 64, 128, input noise 15/255 at inference": _both(TRAININGS["skips 16, 32, 64, 128"], NOISY),
     "confusion in training only": _trained(confusion="training"),
     "full strength": _fitted(strength=1.0),
     "accuracy loss 2 %": _fitted(accuracy_loss=0.02),
@@ -114,7 +117,7 @@ REUSES: Mapping[str, Change] = {
     "fitted on fgsm, pgd-stop and pgd": _fitted(attacks=("fgsm", "pgd-stop", "pgd")),
     "fitted on those, deepfool and cw": _fitted(attacks=("fgsm", "pgd-stop", "pgd", "deepfool", "cw")),
 }
-"""Variations that use again what was trained for the default, or for the training that their name begins with."""
+"""Variations that use again what was trained for the base, or for the training that their name begins with."""
 
 VARIATIONS: Mapping[str, Change] = {**TRAININGS, **REUSES}
 
@@ -142,7 +145,7 @@ def main(
     models = Store.open(settings_with(store=store).store / MODELS)
     fetched = find_classifier(models, *parse_reference(name))
     classifier = Classifier.load(fetched.folder / GRAPH).eval()
-    plan = _trained(epochs=epochs)(FitPlan(examples=examples, test_examples=50))
+    plan = replace(base(epochs), examples=examples, test_examples=50)
     with progress_bars() as progress:
         splits = splits_of(read_dataset(data, fetched.manifest, 0, Path("var/data"), progress))
         measured = [_examples(each, classifier, splits, limit, Stages(work / "measured")) for each in MEASURED]
@@ -152,7 +155,7 @@ def main(
                 continue
             folder, changed = work / "fits" / _slug(variation), change(plan)
             if variation in REUSES:
-                training = _training(variation)
+                training = trained_for(variation)
                 trained, trained_plan = work / "fits" / _slug(training), TRAININGS[training](plan)
                 if not list(trained.glob(CHOSEN)):
                     _link(work / "crafted", trained, CRAFTED)
@@ -182,6 +185,11 @@ def main(
     typer.echo(f"{table(variations)}\n\n{generalisation(variations)}")
 
 
+def base(epochs: float) -> FitPlan:
+    """Return the plan that every variation changes."""
+    return _trained(epochs=epochs, inference_noise=0.0)(FitPlan())
+
+
 def table(variations: Mapping[str, Any]) -> str:
     """Return the results as a Markdown table: accuracy, false positives, and what is resisted of each attack."""
     head = ["variation", "accuracy lost", "false positives", *MEASURED, "mean", "mean AUC"]
@@ -208,9 +216,9 @@ def generalisation(variations: Mapping[str, Any]) -> str:
     return _markdown(lines)
 
 
-def _training(variation: str) -> str:
+def trained_for(variation: str) -> str:
     """Return the training whose Regulator a variation uses again."""
-    return next((name for name in TRAININGS if variation.startswith(f"{name}, ")), "default")
+    return next((name for name in TRAININGS if variation.startswith(f"{name}, ")), BASE)
 
 
 def _measure(

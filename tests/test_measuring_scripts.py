@@ -13,22 +13,29 @@ from defenses.classifier import Classifier
 from defenses.coophance import FitPlan, Regulator
 from defenses.onnx_gradient import gradient_graph
 from defenses.onnx_trace import export_classifier
-from loadtest.ablations import MEASURED, REUSES, VARIATIONS, generalisation, table
+from loadtest.ablations import BASE, MEASURED, REUSES, TRAININGS, VARIATIONS, base, generalisation, table, trained_for
 from loadtest.small_classifier import network
 from service.cli import app
 
 
 @pytest.mark.parametrize("variation", VARIATIONS)
 def test_every_variation_is_a_plan_of_its_own(variation):
-    plan = VARIATIONS[variation](FitPlan())
-    assert (plan == FitPlan()) == (variation == "default")
+    plan = VARIATIONS[variation](base(2))
+    assert (plan == base(2)) == (variation == BASE)
     Regulator(plan.regulator.config((3, 32, 32)))
     if variation in REUSES:
-        default, device = FitPlan().regulator, torch.device("cpu")
-        assert plan.regulator.training(1000, 0, device) == default.training(1000, 0, device)
-        structures = [each.config((3, 32, 32)) for each in (plan.regulator, default)]
+        used, device = TRAININGS[trained_for(variation)](base(2)).regulator, torch.device("cpu")
+        assert plan.regulator.training(1000, 0, device) == used.training(1000, 0, device)
+        structures = [each.config((3, 32, 32)) for each in (plan.regulator, used)]
         acting = [replace(each, inference_noise=0, confusion=True) for each in structures]
-        assert acting[0] == acting[1], "what uses the default's Regulator trains none of its own"
+        assert acting[0] == acting[1], "what uses another's Regulator trains none of its own"
+
+
+def test_one_variation_is_the_default():
+    plans = {name: change(base(FitPlan().regulator.epochs)) for name, change in VARIATIONS.items()}
+    assert [name for name, plan in plans.items() if plan == FitPlan()] == [
+        "input noise 15/255 at inference, the default"
+    ]
 
 
 def test_the_table_shows_what_is_lost_and_resisted():

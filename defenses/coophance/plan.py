@@ -30,7 +30,7 @@ class RegulatorPlan:
     output: Literal["image", "residual"] = "residual"
     dropout: float = 0.5
     training_noise: float = 15 / 255
-    inference_noise: float = 0.0
+    inference_noise: float = 15 / 255
     confusion: Literal["on", "training", "off"] = "on"
     alpha: float = 1.0
     epochs: float = 20.0
