@@ -1,6 +1,7 @@
 """Fitted parts in safetensors files that say themselves what they hold. Never pickle."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,22 +9,25 @@ from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from defenses.baselines.methods import BaselineConfig, config_of
 from defenses.classifier import Classifier
 from defenses.coophance.inspector import Inspector, InspectorConfig
 from defenses.coophance.regulator import Regulator, RegulatorConfig
 from defenses.corrector import Corrector
-from defenses.detector import NoDetector
+from defenses.detector import Detector, NoDetector
 from defenses.judge import AlertedAnswer, Judge, PurifiedAnswer
 from defenses.nip.correction import CorrectionConfig, InverseCorrection
 from defenses.nip.head import head_behind
 from defenses.nip.inverse_perturbation import InversePerturbation, InversePerturbationConfig
 from defenses.nip.response import Pushing, ResponseConfig, ResponseJudge
 from defenses.protected import ProtectedClassifier
+from defenses.purifier import Purifier
 
 REGULATOR = "regulator.safetensors"
 INVERSE_PERTURBATION = "inverse_perturbation.safetensors"
 INSPECTOR = "inspector.safetensors"
 RESPONSE = "response.safetensors"
+BASELINE = "baseline.safetensors"
 CORRECTION = "correction.json"
 
 
@@ -62,7 +66,8 @@ def save_protected(protected: ProtectedClassifier, folder: Path) -> None:
     """Write the parts of a defense into ``folder``; the classifier stays outside.
 
     They are a Regulator and an Inspector (CoopHANCE), these with a correction, a push and what is concluded from it, or
-    an inverse perturbation with an Inspector or without a detector (NIP). Raises ``TypeError`` for other parts.
+    an inverse perturbation with an Inspector or without a detector (NIP), or those of a baseline. Raises ``TypeError``
+    for other parts.
     """
     parts = (protected.purifier, protected.detector, protected.corrector, protected.judge)
     match parts:
@@ -76,6 +81,11 @@ def save_protected(protected: ProtectedClassifier, folder: Path) -> None:
         case Pushing() as pushing, NoDetector(), None, ResponseJudge() as judge:
             folder.mkdir(parents=True, exist_ok=True)
             _save(_response(pushing, judge), pushing.config.as_json(), folder / RESPONSE)
+        case Purifier(), Detector(), None, PurifiedAnswer() if held := _baseline_config(protected):
+            folder.mkdir(parents=True, exist_ok=True)
+            threshold = None if isinstance(protected.detector, NoDetector) else float(protected.threshold)
+            values = {**held.as_json(), "threshold": threshold}
+            _save(_baseline(protected.purifier, protected.detector), values, folder / BASELINE)
         case _:
             names = ", ".join(type(part).__name__ for part in parts)
             raise TypeError(f"Expected the parts of a defense that can be kept, got {names}.")
@@ -95,9 +105,12 @@ def load_protected(classifier: Classifier, folder: Path) -> ProtectedClassifier:
     if (folder / RESPONSE).exists():
         pushing, judge = _load_response(classifier, folder / RESPONSE)
         return ProtectedClassifier(classifier, pushing, NoDetector(), judge=judge).eval()
+    if (folder / BASELINE).exists():
+        return _load_baseline(classifier, folder / BASELINE)
     if not (folder / INVERSE_PERTURBATION).exists():
         if not (folder / REGULATOR).exists():
-            raise CheckpointUnreadable(folder, f"it holds none of {REGULATOR}, {INVERSE_PERTURBATION} and {RESPONSE}")
+            held = f"{REGULATOR}, {INVERSE_PERTURBATION}, {RESPONSE} and {BASELINE}"
+            raise CheckpointUnreadable(folder, f"it holds none of {held}")
         inspector, threshold = _load_inspector(folder / INSPECTOR)
         regulator = load_regulator(folder)
         if not (folder / CORRECTION).exists():
@@ -134,6 +147,33 @@ def _load_response(classifier: Classifier, path: Path) -> tuple[Pushing, Respons
     if not all(values.isfinite().all() for values in (*pushing.buffers(), *judge.buffers())):
         raise CheckpointUnreadable(path, "its values are not finite")
     return pushing.eval(), judge.eval()
+
+
+def _baseline_config(protected: ProtectedClassifier) -> BaselineConfig | None:
+    return config_of(protected.purifier, protected.detector, protected.classifier.image_shape)
+
+
+def _baseline(purifier: Purifier, detector: Detector) -> nn.Module:
+    return nn.ModuleDict({"purifier": purifier, "detector": detector})
+
+
+def _load_baseline(classifier: Classifier, path: Path) -> ProtectedClassifier:
+    values = _config(path)
+    try:
+        threshold = values.pop("threshold")
+        config = BaselineConfig.from_json(values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointUnreadable(path, f"its configuration is not that of a baseline: {error}") from error
+    _check_fits(path, classifier, config.image_shape, classifier.classes)
+    for watch in config.watched:
+        if (found := classifier.resolve_layer(watch.name).shape) != watch.shape:
+            raise ClassifierMismatch(path, f"the layer {watch.name!r} of shape", watch.shape, found)
+    purifier, detector = config.parts()
+    parts = _baseline(purifier, detector)
+    _load(parts, path)
+    if not all(values.isfinite().all() for values in parts.state_dict().values()):
+        raise CheckpointUnreadable(path, "its values are not finite")
+    return ProtectedClassifier(classifier, purifier, detector, math.inf if threshold is None else threshold).eval()
 
 
 def _load_correction(classifier: Classifier, path: Path) -> InverseCorrection:

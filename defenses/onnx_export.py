@@ -1,21 +1,20 @@
 """The protected classifier as one ONNX graph: the classifier's own graph twice, the fitted parts around it."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, Self
 
 import numpy as np
 import onnx
 import onnx.version_converter
 import torch
-from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import TensorProto, ValueInfoProto, helper
 from torch import Tensor
 
-from defenses.detector import Evidence, NoDetector
+from defenses.detector import NoDetector
 from defenses.judge import PurifiedAnswer
 from defenses.onnx_composition import initializers_of, instance, largest, value_info, wrapped
+from defenses.onnx_detection import JUDGED, RAW, Detecting, ends_of, tap_of
 from defenses.onnx_parity import session
 from defenses.onnx_torch.graph import default_opset
 from defenses.onnx_trace import OLDEST_WRITTEN, export_module
@@ -25,14 +24,6 @@ NEWEST_WITH_NOISE = 21
 """The newest opset in which ONNX Runtime draws random numbers on the CPU."""
 
 EXTERNAL_DATA_BYTES = 2**30
-
-RAW: Mapping[str, str] = MappingProxyType({"image": "image", "logits": "undefended_logits"})
-PURIFIED: Mapping[str, str] = MappingProxyType({"image": "purified", "logits": "logits"})
-JUDGED: Mapping[str, str] = MappingProxyType({"image": "purified", "logits": "purified_logits"})
-"""What the ends of the classifier's graph are called in its two passes; all between has the pass's name before it.
-
-Where the logits of the purified image are not what is answered they have a name of their own.
-"""
 
 
 def export_protected(protected: ProtectedClassifier) -> onnx.ModelProto:
@@ -57,12 +48,12 @@ def export_protected(protected: ProtectedClassifier) -> onnx.ModelProto:
         with torch.no_grad():
             shown = protected.raw_pass(image)
         inputs |= {"activations": shown.activations[purifier.layer].clone(), "undefended_logits": shown.logits}
-        seen |= {"activations": _tap(protected, purifier.layer, "raw"), "undefended_logits": "undefended_logits"}
+        seen |= {"activations": tap_of(protected, purifier.layer, "raw"), "undefended_logits": "undefended_logits"}
     purifier_graph = export_module(purifier, inputs, "purified", opset)
     purifying = instance(purifier_graph, "purifier/", seen)
     raw = instance(classifier_graph, "raw/", RAW, shared="classifier/")
     ends = ends_of(protected)
-    detecting = _Detecting.export(protected, image, opset)
+    detecting = Detecting.export(protected, classifier_graph, image, opset)
     judging = _judging(protected, opset)
     nodes = [
         *([*purifying, *raw] if purifier.layer is None else [*raw, *purifying]),
@@ -92,11 +83,6 @@ _JUDGE: Mapping[str, str] = MappingProxyType(
 )
 
 
-def ends_of(protected: ProtectedClassifier) -> Mapping[str, str]:
-    """Return what the ends of the purified pass are called in a protected classifier's graph."""
-    return PURIFIED if isinstance(protected.judge, PurifiedAnswer) else JUDGED
-
-
 def _judging(protected: ProtectedClassifier, opset: int) -> onnx.ModelProto | None:
     """Return the judge's graph, None where the purified image's logits are answered as they are."""
     if isinstance(protected.judge, PurifiedAnswer):
@@ -104,40 +90,6 @@ def _judging(protected: ProtectedClassifier, opset: int) -> onnx.ModelProto | No
     logits = torch.rand(2, protected.classifier.classes)
     inputs = {"undefended_logits": logits, "purified_logits": logits + 1, "alert": torch.tensor([False, True])}
     return export_module(protected.judge, inputs, "logits", opset)
-
-
-@dataclass(frozen=True)
-class _Detecting:
-    """What a detector adds to the graph; nothing where there is none."""
-
-    graphs: Sequence[onnx.ModelProto] = ()
-    before: Sequence[NodeProto] = ()
-    after: Sequence[NodeProto] = ()
-    initializers: Sequence[TensorProto] = ()
-
-    @classmethod
-    def export(cls, protected: ProtectedClassifier, image: Tensor, opset: int) -> Self:
-        detector = protected.detector
-        if isinstance(detector, NoDetector):
-            return cls()
-        with torch.no_grad():
-            seen = protected.evidence(image)
-        evidence = Evidence(seen.activations, seen.logits, seen.logits + 1, torch.ones(2))
-        graph = export_module(detector, evidence._asdict(), "score", opset)
-        names = {name: name for name in ("undefended_logits", "distance", "score")}
-        names["logits"] = ends_of(protected)["logits"]
-        if detector.layer is not None:
-            names["activations"] = _tap(protected, detector.layer, detector.inspects)
-        return cls(
-            [graph],
-            [*_distance(), *instance(graph, "detector/", names)],
-            _alert(protected.threshold.ndim),
-            [
-                *initializers_of(graph, "detector/"),
-                numpy_helper.from_array(protected.threshold.numpy(), "threshold"),
-                helper.make_tensor("columns", TensorProto.INT64, [1], [1]),
-            ],
-        )
 
 
 class ExportBroken(ValueError):
@@ -166,7 +118,7 @@ def check_export(model: onnx.ModelProto, protected: ProtectedClassifier, x: Tens
     most = [_difference("undefended_logits", values["undefended_logits"], raw.logits, tolerance)]
     shown: tuple[Tensor, ...] = ()
     if layer is not None:
-        shown = (values[_tap(protected, layer, "raw")], values["undefended_logits"])
+        shown = (values[tap_of(protected, layer, "raw")], values["undefended_logits"])
         most.append(_difference(f"value of {layer}", shown[0], raw.activations[layer], tolerance))
     purified: Tensor = protected.purifier(x, torch.zeros(()), *shown)
     output = protected.answer(x, values["purified"], raw)
@@ -185,7 +137,7 @@ def _run(model: onnx.ModelProto, protected: ProtectedClassifier, x: Tensor) -> d
     if not isinstance(protected.detector, NoDetector):
         names.append("score")
     if protected.purifier.layer is not None:
-        tap = _tap(protected, protected.purifier.layer, "raw")
+        tap = tap_of(protected, protected.purifier.layer, "raw")
         if tap not in names:
             model, own = onnx.ModelProto(), model
             model.CopyFrom(own)
@@ -220,31 +172,6 @@ def _outputs(classes: int, shape: tuple[int, int, int], *, detected: bool) -> li
         value_info("undefended_logits", TensorProto.FLOAT, "N", classes),
         value_info("undefended_class_index", TensorProto.INT64, "N"),
         value_info("purified", TensorProto.FLOAT, "N", *shape),
-    ]
-
-
-def _tap(protected: ProtectedClassifier, layer: str, seen_pass: Literal["raw", "purified"]) -> str:
-    """Return what a layer's value is called in one pass of the classifier."""
-    name = protected.classifier.resolve_layer(layer).name
-    return (RAW if seen_pass == "raw" else ends_of(protected)).get(name, f"{seen_pass}/{name}")
-
-
-def _distance() -> list[NodeProto]:
-    """Return the nodes of the L2 distance between image and purified image."""
-    return [
-        helper.make_node("Sub", ["purified", "image"], ["difference"], "difference"),
-        helper.make_node("Flatten", ["difference"], ["flat_difference"], "flat_difference"),
-        helper.make_node("ReduceL2", ["flat_difference", "columns"], ["distance"], "distance", keepdims=0),
-    ]
-
-
-def _alert(dimensions: int) -> list[NodeProto]:
-    """Return the nodes that compare the score with the threshold, be it one or one for each class."""
-    if not dimensions:
-        return [helper.make_node("Greater", ["score", "threshold"], ["alert"], "alert")]
-    return [
-        helper.make_node("Gather", ["threshold", "class_index"], ["own_threshold"], "own_threshold"),
-        helper.make_node("Greater", ["score", "own_threshold"], ["alert"], "alert"),
     ]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from defenses.classifier import Classifier
 from defenses.corrector import Corrector
-from defenses.detector import Detector, Evidence, NoDetector
+from defenses.detector import Detector, Evidence, Inspected, NoDetector
 from defenses.judge import Judge, PurifiedAnswer
 from defenses.onnx_import import LOGITS
 from defenses.purifier import Purifier
@@ -79,8 +79,7 @@ class ProtectedClassifier(nn.Module):
 
     def raw_pass(self, x: Tensor) -> Pass:
         """Return what the purifier, the detector and the bare answer need of the images as they are, from one pass."""
-        detector = self.detector
-        return self._pass(x, self.purifier.layer, detector.layer if detector.inspects == "raw" else None)
+        return self._pass(x, self.purifier.layer, *self._watched("raw"))
 
     def answer(self, x: Tensor, x_purified: Tensor, raw: Pass) -> Output:
         """Return the ``Output`` for images whose purified form and ``raw_pass`` are known, none of them corrected."""
@@ -98,21 +97,43 @@ class ProtectedClassifier(nn.Module):
 
     def activations(self, x: Tensor) -> Tensor:
         """Return the activations that the detector is shown of images (N, C, H, W) in [0, 1], and no more; noise on."""
-        layer = self.detector.layer
-        if layer is None:
+        inspects = self.detector.inspects
+        if not self.detector.layers:
             return _nothing(x)
-        if self.detector.inspects == "raw":
-            return self.classifier.features(x, layer)
+        if inspects == "views":
+            return self._views(x)
+        if inspects == "raw":
+            return self._activations(x)
         raw = None if self.purifier.layer is None else self._pass(x, self.purifier.layer)
-        return self.classifier.features(self._purify(x, raw, None), layer)
+        return self._activations(self._purify(x, raw, None))
 
     def _look(self, x: Tensor, x_purified: Tensor, raw: Pass) -> Evidence:
-        layer, inspects = self.detector.layer, self.detector.inspects
-        purified = self._pass(x_purified, layer if inspects == "purified" else None)
-        watched = raw if inspects == "raw" else purified
-        activations = _nothing(x) if layer is None else watched.activations[layer]
+        layers, inspects = self.detector.layers, self.detector.inspects
+        purified = self._pass(x_purified, *self._watched("purified"))
+        if not layers:
+            activations = _nothing(x)
+        elif inspects == "views":
+            activations = self._views(x)
+        else:
+            watched = raw if inspects == "raw" else purified
+            activations = _joined([watched.activations[layer] for layer in layers])
         distance = (x_purified - x).flatten(1).norm(dim=1)
         return Evidence(activations, purified.logits, raw.logits, distance)
+
+    def _watched(self, seen_pass: Inspected) -> tuple[str, ...]:
+        """Return the layers that the detector looks at in a pass."""
+        return self.detector.layers if self.detector.inspects == seen_pass else ()
+
+    def _views(self, x: Tensor) -> Tensor:
+        """Return the activations (N, V, ...) of the detector's views of images."""
+        views = self.detector.views(x)
+        activations: Tensor = self._activations(views.flatten(0, 1)).unflatten(0, views.shape[:2])
+        return activations
+
+    def _activations(self, x: Tensor) -> Tensor:
+        """Return what the detector's layers make of images, and compute nothing after them."""
+        names = tuple(self.classifier.resolve_layer(layer).name for layer in self.detector.layers)
+        return _joined(self.classifier.graph(x, names))
 
     def _corrected(self, corrector: Corrector, judged: Output, noise_scale: Tensor | None) -> Output:
         (rows,) = judged.alerts.nonzero(as_tuple=True)
@@ -136,6 +157,11 @@ class ProtectedClassifier(nn.Module):
         wanted = tuple(dict.fromkeys((LOGITS, *values.values())))
         computed = dict(zip(wanted, self.classifier.graph(x, wanted), strict=True))
         return Pass(computed[LOGITS], {name: computed[value] for name, value in values.items()})
+
+
+def _joined(activations: Sequence[Tensor]) -> Tensor:
+    """Return the activations of one layer as they are, those of several flattened and joined (N, D)."""
+    return activations[0] if len(activations) == 1 else torch.cat([each.flatten(1) for each in activations], 1)
 
 
 def _nothing(x: Tensor) -> Tensor:

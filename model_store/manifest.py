@@ -136,7 +136,7 @@ class Draft(Record):
     the defense has no detector).
     """
 
-    kind: Literal["classifier", "regulator", "coophance", "nip"]
+    kind: Literal["classifier", "regulator", "coophance", "nip", "baseline"]
     input: InputSpec
     labels: tuple[Label, ...]
     layers: dict[str, str] = {}

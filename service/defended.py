@@ -7,7 +7,7 @@ from model_store import Fetched, Manifest, Store
 from service.fit import CHECKPOINT, find_classifier
 from service.served import GRAPH
 
-DEFENSES = ("coophance", "nip")
+DEFENSES = ("coophance", "nip", "baseline")
 """The kinds of version that hold a defense."""
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from defenses.attacks import AdversarialExamples
+from defenses.baselines import BaselinePlan, FittedBaseline
 from defenses.coophance import FitPlan, Fitted, Regulator
 from defenses.nip import (
     FittedGate,
@@ -117,6 +118,33 @@ def gated_draft(
             realised=fitted.metrics["false_positive_rate"],
             evaluated_on=len(dataset.test.targets),
         ),
+        attacks=_attacks(fitted.examples),
+        metrics=fitted.metrics,
+        options={**_plain(options), FIT: fit},
+        seed=plan.seed,
+        command=command,
+    )
+
+
+def baseline_draft(
+    classifier: Fetched, dataset: Dataset, plan: BaselinePlan, fitted: FittedBaseline, *, fit: str, command: str
+) -> Draft:
+    """Return what is recorded about a baseline, which has a threshold where it detects."""
+    scores = fitted.calibration_scores
+    options = {"plan": asdict(plan), "configuration": fitted.config.as_json(), "seconds": dict(fitted.seconds)}
+    rate = None
+    if scores is not None:
+        rate = FalsePositiveRate(
+            budget=plan.budget,
+            calibrated_on=len(scores),
+            realised=fitted.metrics["false_positive_rate"],
+            evaluated_on=len(dataset.test.targets),
+        )
+    return Draft(
+        **_common(classifier, dataset, {}),
+        kind="baseline",
+        threshold=None if scores is None else float(fitted.protected.threshold),
+        false_positive_rate=rate,
         attacks=_attacks(fitted.examples),
         metrics=fitted.metrics,
         options={**_plain(options), FIT: fit},

@@ -16,25 +16,22 @@ from service.evaluate import in_seeded_order
 from service.hardware import hardware
 from service.libraries import library_versions
 
+DIRECTIONS: tuple[Direction, ...] = ("nearest", "random", "gaussian", "oracle")
+"""Where images are moved: as is served, by a random candidate or by Gaussian noise of the same L2 norm, or by the
+oracle, which knows the clean image."""
+
 
 @dataclass(frozen=True)
 class SuccessPlan:
     """Say what is measured.
 
     ``limit`` test images, taken in an order drawn from ``seed``, are attempted per attack; the clean rates are over
-    all test images. With ``controls`` the same is measured with a random candidate and with Gaussian noise in place of
-    the nearest candidate, each of its L2 norm, and the attacks with the oracle, which knows the clean image.
+    all test images.
     """
 
     attacks: tuple[str, ...]
     limit: int = 300
     seed: int = 0
-    controls: bool = False
-
-    @property
-    def directions(self) -> tuple[Direction, ...]:
-        """Where images are moved: what is served first."""
-        return ("nearest", "random", "gaussian", "oracle") if self.controls else ("nearest",)
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ def measure_success(
     success = DefenseSuccess.of(protected, device, plan.seed)
     images, targets = in_seeded_order(dataset.test, plan.seed)
     clean = []
-    for direction in plan.directions:
+    for direction in DIRECTIONS:
         if direction != "oracle":
             progress(f"clean, {direction}", 0, 1)
             clean.append(success.clean(images, targets, direction))
@@ -95,7 +92,7 @@ def measure_success(
             protected.classifier,
             images,
             targets,
-            lambda examples: [row for direction in plan.directions for row in success.attacked(examples, direction)],
+            lambda examples: [row for direction in DIRECTIONS for row in success.attacked(examples, direction)],
             limit=plan.limit,
             device=device,
             seed=plan.seed,

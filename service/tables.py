@@ -4,16 +4,17 @@ from collections.abc import Sequence
 from typing import get_args
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 from defenses.attacks import Form
-from defenses.evaluation.measurement import ExampleRow
+from defenses.evaluation.plan import Scenario
 from defenses.evaluation.rates import Interval
+from defenses.evaluation.rows import AttackResult, Check
 from defenses.nip import SuccessRow
 from service.evaluate import Report
+from service.evaluation.document import EvaluationReport
 from service.nip_success import SuccessReport
-from service.scenario_a import ScenarioAReport
 
 NOTHING = "-"
 
@@ -58,55 +59,81 @@ def report_table(report: Report) -> Table:
     return table
 
 
-def scenario_a_tables(report: ScenarioAReport) -> Group:
-    """Return a report as tables: clean images, then the attacks as crafted and the attacks rounded to 8 bits."""
-    crafted, rounded = ([row for row in report.rows if row.form == form] for form in get_args(Form))
-    attacked = [_attack_table("as crafted", crafted), _attack_table("rounded to 8 bits", rounded)]
-    return Group(_clean_table(report), *(attacked if report.rows else ()))
+def evaluation_tables(report: EvaluationReport) -> Group:
+    """Return an evaluation as tables: clean images, each scenario's attacks in both forms, and failed checks."""
+    tables: list[RenderableType] = [_clean_table(report)]
+    for scenario in report.plan.scenarios:
+        for form in get_args(Form):
+            rows = [row for row in report.rows if (row.scenario, row.form) == (scenario, form)]
+            if rows:
+                tables.append(_attack_table(scenario, form, rows))
+    if report.checks:
+        tables.append(_check_table(report.checks))
+    if not report.complete:
+        tables.append("Time ran out before all was crafted: the same command goes on.")
+    return Group(*tables)
 
 
-def _clean_table(report: ScenarioAReport) -> Table:
-    table = _plain_table(f"{report.model}, version {report.version}, on clean images")
-    table.caption = f"In brackets the 95 % interval. Threshold: {_threshold(report.threshold)}"
-    for heading in ("images", "bare accuracy", "accuracy", "alerts as errors", "false positives"):
+def _clean_table(report: EvaluationReport) -> Table:
+    classifier = report.classifier
+    table = _plain_table(f"{classifier['name']}, version {classifier['version']}, on clean images")
+    table.caption = "In brackets the 95 % interval. Time: that of the bare classifier is 1."
+    table.add_column("defense", overflow="fold")
+    for heading in ("images", "bare accuracy", "accuracy", "alerts as errors", "false positives", "time"):
         table.add_column(heading, justify="right")
-    clean = report.clean
-    table.add_row(
-        str(clean.images),
-        _percent(clean.undefended_accuracy, 2),
-        _percent(clean.accuracy, 2),
-        _percent(clean.accepted_accuracy, 2),
-        f"{_percent(clean.false_positive_rate, 2)} ({_range(clean.false_positive_interval, 2)})",
-    )
+    for each in report.defenses:
+        clean = each.clean
+        found = clean.false_positive_rate
+        table.add_row(
+            each.name,
+            str(clean.images),
+            _percent(clean.undefended_accuracy, 2),
+            _percent(clean.accuracy.mean, 2),
+            _percent(clean.accepted_accuracy.mean, 2),
+            f"{_percent(found.mean, 2)} ({_range(found.interval, 2)})",
+            f"{each.milliseconds / each.bare_milliseconds:.2f}",
+        )
     return table
 
 
-def _attack_table(form: str, rows: Sequence[ExampleRow]) -> Table:
-    table = _plain_table(f"crafted on the bare classifier, {form}")
-    table.caption = "Answered: with the true class. Inspector: alerted. Resisted: either."
-    table.add_column("attack", overflow="fold")
-    for heading in ("fooling", "L2", "answered", "Inspector", "resisted", "95 %", "AUC"):
+def _attack_table(scenario: Scenario, form: Form, rows: Sequence[AttackResult]) -> Table:
+    crafted = "the bare classifier" if scenario == "A" else "the defense"
+    table = _plain_table(f"crafted on {crafted}, {'as crafted' if form == 'as crafted' else 'rounded to 8 bits'}")
+    over = "those that fool the bare classifier" if scenario == "A" else "all attempts"
+    table.caption = f"Answered: with the true class. Resisted: that, or alerted. Over {over}. !: a check failed."
+    for heading in ("attack", "defense"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("fooling", "L2", "answered", "alerted", "resisted", "95 %", "AUC"):
         table.add_column(heading, justify="right")
-    for row in rows:
+    attack = ""
+    for row in sorted(rows, key=lambda row: [each.attack for each in rows].index(row.attack)):
+        attack, before = row.attack, attack
         table.add_row(
-            row.attack,
+            "" if attack == before else attack,
+            f"{row.defense}{' !' if row.untrusted else ''}",
             f"{row.fooling}/{row.attempted}",
             _decimal(row.distortion_l2, 2),
-            _percent(row.corrected),
-            _percent(row.alerted),
-            _percent(row.resisted),
-            _range(row.resisted_interval),
+            *(_percent(rate.mean if rate else None) for rate in (row.corrected, row.alerted, row.resisted)),
+            _range(row.resisted.interval if row.resisted else None),
             _decimal(row.auc, 3),
         )
+    return table
+
+
+def _check_table(checks: Sequence[Check]) -> Table:
+    failed = [check for check in checks if not check.passed]
+    table = _plain_table(f"sanity checks: {len(checks) - len(failed)} of {len(checks)} passed")
+    table.add_column("failed", overflow="fold")
+    table.add_column("", overflow="fold")
+    for check in failed:
+        table.add_row(check.name, check.told)
     return table
 
 
 def success_tables(report: SuccessReport) -> Group:
     """Return a NIP report as tables: clean images, then the attacks as crafted and the attacks rounded to 8 bits."""
     clean = _plain_table(f"{report.model}, version {report.version}, on clean images")
-    clean.caption = f"In brackets the 95 % interval. Amplitude {report.amplitude:g}; there is no detector."
-    if report.plan.controls:
-        clean.caption = f"{clean.caption} {MOVED}"
+    clean.caption = f"In brackets the 95 % interval. Amplitude {report.amplitude:g}; there is no detector. {MOVED}"
     for heading in ("moved by", "moved, L2", "images", "bare accuracy", "accuracy"):
         clean.add_column(heading, justify="right")
     for row in report.clean:
@@ -160,9 +187,3 @@ def _range(interval: Interval | None, places: int = 1) -> str:
         return NOTHING
     low, high = (100 * end for end in interval)
     return f"{low:.{places}f}-{high:.{places}f}"
-
-
-def _threshold(threshold: float | list[float] | None) -> str:
-    if threshold is None:
-        return "none"
-    return "one per class" if isinstance(threshold, list) else f"{threshold:.4g}"

@@ -14,6 +14,9 @@ Norm = Literal["linf", "l2", "l0", "none"]
 Sees = Literal["gradients", "scores", "labels", "nothing"]
 """What an attack needs of the model that it is run on: derivatives, logits, the class alone, or no answer at all."""
 
+On = Literal["any", "classifier", "defense"]
+"""What an attack can be run on: any model, a bare ``Classifier`` alone, or a ``Victim`` alone."""
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -21,7 +24,8 @@ class Facts:
 
     ``norm`` is the one that it bounds (where it has an ``epsilon``) or minimises, ``sees`` what it needs of the model,
     ``targeted`` whether it aims at a class, and ``passes`` how often it asks the model about one image at most, with
-    its default parameters and a backward pass counting as one more. ``paper`` names its source.
+    its default parameters and a backward pass counting as one more. ``paper`` names its source, ``on`` what the attack
+    can be run on.
     """
 
     norm: Norm
@@ -29,6 +33,7 @@ class Facts:
     passes: int
     paper: str
     targeted: bool = False
+    on: On = "any"
 
     @property
     def white_box(self) -> bool:

@@ -31,7 +31,7 @@ _PARAMETERS: Mapping[str, float] = MappingProxyType(
     {"epsilon": 8 / 255, "step_size": 2 / 255, "steps": 10, "lambda": 1.0, "log_odds": False}
 )
 
-_FACTS = Facts("linf", "gradients", 40, "NIP, section 7.1")
+_FACTS = Facts("linf", "gradients", 40, "NIP, section 7.1", on="classifier")
 
 AWARE_OF_NIP: Mapping[str, Entry] = MappingProxyType(
     {"s-ala": Entry(_PARAMETERS, _s_ala, _FACTS), "r-ala": Entry({**_PARAMETERS, "k1": 5, "k2": 5}, _r_ala, _FACTS)}

@@ -5,11 +5,33 @@ from fractions import Fraction
 from types import MappingProxyType
 
 from defenses.attacks.attack import Attack, Entry
+from defenses.attacks.aware_of_inspector import AWARE_OF_INSPECTOR
 from defenses.attacks.aware_of_nip import AWARE_OF_NIP
+from defenses.attacks.eot import EOT
+from defenses.attacks.from_art import FROM_ART
+from defenses.attacks.from_autoattack import FROM_AUTOATTACK
 from defenses.attacks.from_foolbox import FROM_FOOLBOX
+from defenses.attacks.joint import JOINT
+from defenses.attacks.orthogonal import ORTHOGONAL
+from defenses.attacks.other_image import OTHER_IMAGE
+from defenses.attacks.planted import PLANTED
 from defenses.attacks.stopped_pgd import STOPPED_PGD
 
-ATTACKS: Mapping[str, Entry] = MappingProxyType({**FROM_FOOLBOX, **STOPPED_PGD, **AWARE_OF_NIP})
+ATTACKS: Mapping[str, Entry] = MappingProxyType(
+    {
+        **FROM_FOOLBOX,
+        **FROM_ART,
+        **FROM_AUTOATTACK,
+        **STOPPED_PGD,
+        **AWARE_OF_NIP,
+        **EOT,
+        **AWARE_OF_INSPECTOR,
+        **JOINT,
+        **ORTHOGONAL,
+        **OTHER_IMAGE,
+        **PLANTED,
+    }
+)
 """Every attack by name."""
 
 

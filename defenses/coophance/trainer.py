@@ -16,6 +16,7 @@ from defenses.coophance.confusion import Fluctuation
 from defenses.coophance.regulator import Regulator, RegulatorConfig
 from defenses.noise import gaussian_like
 from defenses.pixels import to_float
+from defenses.seeds import derived_seed
 from defenses.stages import Stages
 
 KEEP_EVERY = 60.0
@@ -99,7 +100,7 @@ class Trainer:
         """Take one step; return its loss, a scalar."""
         plan = self.plan
         confused = self.model.confusion_layers[0].enabled
-        generator = torch.Generator().manual_seed((plan.seed << 32) + 2 * self.step + confused)
+        generator = torch.Generator().manual_seed(derived_seed(plan.seed, self.step, confused))
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         if plan.schedule == "cosine":
             for group in self.optimizer.param_groups:

@@ -16,9 +16,14 @@ def rate(counted: Tensor) -> float:
 
 def exact_interval(counted: Tensor) -> Interval:
     """Return the Clopper-Pearson interval at 95 % of the share that is true among one or more, bool (N,)."""
+    return interval_of(int(counted.sum()), len(counted))
+
+
+def interval_of(count: int, total: int) -> Interval:
+    """Return the Clopper-Pearson interval at 95 % of a share of one or more."""
     from scipy.stats import binomtest
 
-    low, high = binomtest(int(counted.sum()), len(counted)).proportion_ci(0.95, method="exact")
+    low, high = binomtest(count, total).proportion_ci(0.95, method="exact")
     return float(low), float(high)
 
 

@@ -15,6 +15,7 @@ from defenses.evaluation import Progress
 from defenses.nip.black_box import AnswerKind
 from defenses.pixels import to_float
 from defenses.precision import has_bfloat16
+from defenses.seeds import derived_seed
 from defenses.stages import Stages
 
 TRAINING = "substitute training"
@@ -165,7 +166,7 @@ class SubstituteTraining:
 
     def _epoch(self) -> None:
         plan, epoch = self.plan, len(self.losses)
-        generator = torch.Generator().manual_seed((plan.seed << 32) + epoch)
+        generator = torch.Generator().manual_seed(derived_seed(plan.seed, epoch))
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         order = torch.randperm(len(self.rows), generator=generator)
         # A batch of one image has no statistics for a batch normalisation.

@@ -4,7 +4,7 @@ import os
 
 import typer
 
-from service.cli import fitting, measuring, serving, storing
+from service.cli import attacks, comparing, fitting, measuring, serving, storing
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Put an image classifier behind a defense.")
 
@@ -26,6 +26,8 @@ app.command()(serving.serve)
 app.command()(storing.register)
 app.add_typer(fitting.app, name="fit")
 app.command()(measuring.evaluate)
+app.command()(comparing.compare)
+app.command()(attacks.attacks)
 app.command()(storing.promote)
 app.command()(storing.models)
 app.command()(storing.verify)

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from service.cli.common import JsonOption, StoreOption, failures_told, settings_with
+from service.cli.fit_baseline import baseline
 from service.cli.fit_coophance import coophance
 from service.cli.fit_nip import nip
 
@@ -21,6 +22,7 @@ def fit() -> None:
 
 app.command()(coophance)
 app.command()(nip)
+app.command()(baseline)
 
 
 @app.command("list")

@@ -1,45 +1,33 @@
-"""Commands that measure what a defense does."""
+"""The command that measures what a defense does."""
 
 import json
-from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console, RenderableType
 
-from model_store import DataRecord, Manifest, Store, parse_reference
-from service.cli.common import (
-    DataOption,
-    DataRootOption,
-    JsonOption,
-    SeedOption,
-    StoreOption,
-    command_line,
-    failures_told,
-    open_models,
-    read_dataset,
-)
+from service.cli.common import DataOption, DataRootOption, JsonOption, SeedOption, StoreOption, failures_told
+from service.cli.measured import Asked
 
 if TYPE_CHECKING:
-    from defenses.evaluation import Progress
-    from service.datasets import Dataset
-    from service.evaluate import Report
-    from service.hardware import DeviceName
-    from service.nip_studies import StudyName, StudyReport
-    from service.nip_success import SuccessReport
-    from service.scenario_a import ScenarioAPlan, ScenarioAReport
-
-    Read = Callable[[Manifest, DataRecord | None], Dataset]
+    from defenses.evaluation.plan import EvaluationPlan
 
 THROUGH_HTTP = ("fgsm", "pgd-stop")
 """The attacks that a gateway is measured with unless told otherwise; few examples of the others survive rounding."""
 
+FROM_THE_STORE = ("fgsm", "pgd-stop", "deepfool", "cw")
+"""The attacks that a version is measured with unless told otherwise: those of the paper's table 1 that are quick."""
+
 
 def evaluate(
-    name: Annotated[
-        str, typer.Argument(help="The model, as NAME or NAME@VERSION; with --url as the gateway calls it.")
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            help="The versions, as NAME or NAME@VERSION, all of one classifier; with --url one NAME, as the gateway "
+            "calls it.",
+            metavar="NAME...",
+        ),
     ],
     data: DataOption,
     url: Annotated[
@@ -52,8 +40,37 @@ def evaluate(
             show_default="fgsm, pgd-stop, deepfool and cw; with --url fgsm and pgd-stop",
         ),
     ] = None,
+    scenario: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What the attacker knows: A, the classifier alone, or B, the defense too; repeat for both.",
+            show_default="A",
+        ),
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(help="Attack with several values of a parameter, as pgd@epsilon=1/255,2/255,4/255; repeatable."),
+    ] = None,
     clean: Annotated[bool, typer.Option("--clean", help="Measure on clean images only.")] = False,
     limit: Annotated[int, typer.Option(help="Images attempted per attack; with --url also clean ones.", min=1)] = 300,
+    dear_limit: Annotated[
+        int, typer.Option(help="The same for attacks that ask more than 300 times about an image.", min=1)
+    ] = 200,
+    samples: Annotated[
+        int, typer.Option(help="Noises that an attack on a noisy defense takes a gradient over (scenario B).", min=1)
+    ] = 8,
+    noise_seeds: Annotated[int, typer.Option(help="Noises that each rate is measured under.", min=1)] = 3,
+    lottery: Annotated[
+        int, typer.Option(help="Images that are submitted again and again to a noisy defense.", min=0)
+    ] = 100,
+    checks: Annotated[bool, typer.Option(help="Check the attacks themselves, which takes further ones.")] = True,
+    minutes: Annotated[
+        float | None, typer.Option(help="Begin nothing more after so long; the same command goes on.", min=0)
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder where examples are kept.", show_default="the folder evaluations of the store"),
+    ] = None,
     seed: SeedOption = 0,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute, without --url.")] = "auto",
     confusion: Annotated[
@@ -76,188 +93,105 @@ def evaluate(
     data_root: DataRootOption = Path("var/data"),
     store: StoreOption = None,
     output: Annotated[Path | None, typer.Option(help="Also write the JSON into this file.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Also write a page for people into this HTML file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Attack a defense and count what it resists: a published version, or with --url a running gateway.
+    """Attack defenses and count what they resist: published versions, or with --url a running gateway.
 
-    The attacks are crafted on the bare classifier (scenario A), from the test split of the data that the defense was
-    fitted on; --seed orders the images. A study looks into a NIP defense in place of measuring it: at the influence of
-    its neurons, their consistency (tknc), and at pools that are made for the moment with other numbers of neurons (k),
-    of other layers, of fewer candidates (eta), or with the perturbation added to the activations (neurons).
+    The attacks are crafted on the bare classifier (scenario A), or on all of the defense (scenario B), from the test
+    split of the data that the defenses were fitted on; --seed orders the images. What is crafted is kept, so that the
+    same command goes on where it was stopped, and several may share the work. A study looks into a NIP defense in place
+    of measuring it: at the influence of its neurons, their consistency (tknc), and at pools that are made for the
+    moment with other numbers of neurons (k), of other layers, of fewer candidates (eta), or with the perturbation added
+    to the activations (neurons).
     """
     with failures_told():
+        from defenses.evaluation.plan import EvaluationPlan, known_scenarios
         from service.progress import progress_bars
-        from service.scenario_a import ScenarioAPlan
-        from service.tables import report_table
 
-        if output and not output.absolute().parent.is_dir():
-            raise FileNotFoundError(f"There is no folder {output.absolute().parent} to write {output.name} into.")
-        if url and (device != "auto" or confusion is not None or not noise or controls):
-            raise ValueError(
-                "--device, --confusion, --noise and --controls are for a measurement without --url: a gateway has its "
-                "own."
-            )
-        chosen = () if clean else tuple(attack or (THROUGH_HTTP if url else ScenarioAPlan.attacks))
-        plan = ScenarioAPlan(chosen, limit, seed, confusion, noise)
-        if plots and not study:
-            raise ValueError("--plots draws studies: name one or more with --study.")
-        otherwise = bool(url or clean or controls or confusion is not None or not noise)
-        studies = _chosen_studies(study, plots, otherwise=otherwise) if study else ()
-        models = open_models(store)
+        for file in (output, report):
+            if file and not file.absolute().parent.is_dir():
+                raise FileNotFoundError(f"There is no folder {file.absolute().parent} to write {file.name} into.")
+        chosen = () if clean else tuple(attack or (THROUGH_HTTP if url else () if sweep else FROM_THE_STORE))
+        plan = EvaluationPlan(
+            attacks=chosen,
+            scenarios=known_scenarios(scenario or ["A"]),
+            sweeps=tuple(sweep or ()),
+            limit=limit,
+            dear_limit=dear_limit,
+            seed=seed,
+            samples=samples,
+            noise_seeds=noise_seeds,
+            lottery=lottery,
+            noise=noise,
+            confusion=confusion,
+            checks=checks,
+        )
+        _check_alone(plan, url=url, study=study, plots=plots, controls=controls, clean=clean, report=report)
+        if url and device != "auto":
+            raise ValueError("--device is for a measurement without --url: a gateway has its own.")
         with progress_bars(shown=not as_json) as progress:
-
-            def read(input_of: Manifest, fitted_on: DataRecord | None) -> "Dataset":
-                split_seed = fitted_on.split_seed if fitted_on else seed
-                dataset = read_dataset(data, input_of, split_seed, data_root, progress)
-                if fitted_on and fitted_on.digest != dataset.digest:
-                    _warn_of_other_images(name, fitted_on.digest, dataset.digest)
-                return dataset
-
-            shown: RenderableType
-            if url:
-                through_http = _measure_gateway(url, models, name, plan, read, progress)
-                values, shown = through_http.as_json(), report_table(through_http)
-            elif studies:
-                studied = _study_version(models, name, studies, plan, device, read, progress)
-                values, shown = studied.as_json(), _study_tables(studied)
-            else:
-                offline = _measure_version(models, name, plan, device, read, progress, controls=controls)
-                values, shown = offline.as_json(), _tables(offline)
+            asked = Asked(names, data, data_root, store, seed, device, progress)
+            values, shown = _measured(
+                asked, plan, url, study or [], plots, controls=controls, cache=cache, minutes=minutes, report=report
+            )
         text = json.dumps(values, indent=2)
         if output:
             output.write_text(text + "\n")
-        if plots:
-            _draw(values, plots)
         if as_json:
             typer.echo(text)
         else:
             Console().print(shown)
 
 
-def _measure_version(
-    models: Store,
-    name: str,
-    plan: "ScenarioAPlan",
-    device: "DeviceName",
-    read: "Read",
-    progress: "Progress",
+def _measured(
+    asked: Asked,
+    plan: "EvaluationPlan",
+    url: str | None,
+    study: list[str],
+    plots: Path | None,
     *,
     controls: bool,
-) -> "ScenarioAReport | SuccessReport":
-    from defenses.coophance import Regulator
-    from defenses.nip import InversePerturbation
-    from service.defended import load_defended
-    from service.hardware import find_device
-    from service.nip_success import SuccessPlan, measure_success
-    from service.scenario_a import measure_scenario_a
+    cache: Path | None,
+    minutes: float | None,
+    report: Path | None,
+) -> tuple[dict[str, Any], RenderableType]:
+    """Do what was asked for; return it as JSON values and as something to be printed."""
+    from service.cli import measured
 
-    found = find_device(device)
-    fetched, protected = load_defended(models, *parse_reference(name))
-    pool = isinstance(protected.purifier, InversePerturbation)
-    if not isinstance(protected.purifier, Regulator) and (plan.confusion is not None or not plan.noise):
-        raise ValueError(f"--confusion and --noise are for a defense that has noise, and {name} has none.")
-    if controls and not pool:
-        raise ValueError(f"--controls is for a defense with a pool of inverse perturbations, and {name} has none.")
-    dataset = read(fetched.manifest, fetched.manifest.data)
-    if not pool:
-        return measure_scenario_a(
-            fetched, protected, dataset, plan, device=found, progress=progress, command=command_line()
-        )
-    wanted = SuccessPlan(plan.attacks, plan.limit, plan.seed, controls)
-    return measure_success(fetched, protected, dataset, wanted, device=found, progress=progress, command=command_line())
+    if url:
+        return measured.through_http(asked, url, plan)
+    if study:
+        return measured.studies(asked, study, plan, plots)
+    if controls:
+        return measured.beside_controls(asked, plan)
+    return measured.evaluation(asked, plan, cache=cache, minutes=minutes, report=report)
 
 
-def _chosen_studies(names: list[str], plots: Path | None, *, otherwise: bool) -> "tuple[StudyName, ...]":
-    from service.nip_studies import check_folder, known_studies
-
-    if otherwise:
+def _check_alone(
+    plan: "EvaluationPlan",
+    *,
+    url: str | None,
+    study: list[str] | None,
+    plots: Path | None,
+    controls: bool,
+    clean: bool,
+    report: Path | None,
+) -> None:
+    """Refuse options that belong to another kind of measurement; raises ``ValueError``."""
+    switched = plan.confusion is not None or not plan.noise
+    offline = plan.scenarios != ("A",) or bool(plan.sweeps) or report is not None
+    if plots and not study:
+        raise ValueError("--plots draws studies: name one or more with --study.")
+    if url and (switched or controls or offline):
         raise ValueError(
-            "--url, --clean, --controls, --confusion and --noise are for a measurement, and --study asks for another."
+            "--confusion, --noise, --controls, --scenario, --sweep and --report are for a measurement without --url: a "
+            "gateway is attacked as a client sees it."
         )
-    if plots:
-        check_folder(plots)
-    return known_studies(names)
-
-
-def _study_version(
-    models: Store,
-    name: str,
-    studies: "tuple[StudyName, ...]",
-    plan: "ScenarioAPlan",
-    device: "DeviceName",
-    read: "Read",
-    progress: "Progress",
-) -> "StudyReport":
-    from service.defended import load_defended
-    from service.hardware import find_device
-    from service.nip_studies import StudyPlan, check_suitable, run_studies
-
-    found = find_device(device)
-    kind = models.manifest(*parse_reference(name)).kind
-    if kind != "nip":
-        raise ValueError(f"--study is for a defense of kind nip, and {name} is of kind {kind}.")
-    fetched, protected = load_defended(models, *parse_reference(name))
-    check_suitable(fetched.manifest, protected)
-    dataset = read(fetched.manifest, fetched.manifest.data)
-    wanted = StudyPlan(studies, plan.attacks, plan.limit, plan.seed)
-    return run_studies(fetched, protected, dataset, wanted, device=found, progress=progress, command=command_line())
-
-
-def _study_tables(report: "StudyReport") -> "RenderableType":
-    from service.nip_studies import study_tables
-
-    return study_tables(report)
-
-
-def _draw(values: dict[str, Any], folder: Path) -> None:
-    from service.nip_studies import write_plots
-
-    write_plots(values, folder)
-
-
-def _tables(report: "ScenarioAReport | SuccessReport") -> "RenderableType":
-    from service.scenario_a import ScenarioAReport
-    from service.tables import scenario_a_tables, success_tables
-
-    return scenario_a_tables(report) if isinstance(report, ScenarioAReport) else success_tables(report)
-
-
-def _measure_gateway(
-    url: str, models: Store, name: str, plan: "ScenarioAPlan", read: "Read", progress: "Progress"
-) -> "Report":
-    from defenses.classifier import Classifier
-    from service.client import Client
-    from service.evaluate import Report, measure
-    from service.fit import find_classifier
-    from service.served import GRAPH
-
-    if parse_reference(name)[1] is not None:
+    if study and (url or clean or controls or switched or offline):
         raise ValueError(
-            f"Expected a name without a version, since the gateway at {url} has its own in service, got {name}."
+            "--url, --clean, --controls, --confusion, --noise, --scenario, --sweep and --report are for a measurement, "
+            "and --study asks for another."
         )
-    with closing(Client(url)) as client:
-        served = client.served(name)
-        if served.mode == "shadow":
-            raise ValueError(f"{name} is served in shadow mode, in which clients are told nothing that can be counted.")
-        bare = find_classifier(models, name, served.version)
-        test = read(bare.manifest, models.manifest(name, served.version).data).test
-        classifier = Classifier.load(bare.folder / GRAPH).eval()
-        measured = measure(
-            client,
-            name,
-            classifier,
-            test,
-            attacks=plan.attacks,
-            limit=plan.limit,
-            seed=plan.seed,
-            progress=progress,
-        )
-    return Report.of(name, served, measured)
-
-
-def _warn_of_other_images(name: str, fitted_on: str, found: str) -> None:
-    typer.echo(
-        f"portcullis: {name} was fitted on other images than these (digest {fitted_on[:12]}, not {found[:12]}), so "
-        "that some of these may have been fitted on.",
-        err=True,
-    )
+    if controls and (switched or offline):
+        raise ValueError("--controls is for scenario A alone, without --sweep, --report, --confusion and --noise.")

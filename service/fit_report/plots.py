@@ -2,19 +2,16 @@
 
 import itertools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from service.fit_report.svg import COLOURS, colour, draw
+from service.report_parts.axes import MARKERS, line_colour, percent_ticks, rate_axes, rate_points, told
+from service.report_parts.svg import colour, draw
 
-LINES = tuple(name for name in COLOURS if name.startswith("line-"))
-MARKERS = ("o", "s", "^", "D", "v", "P")
 CURVE_SIZE = (5.4, 3.9)
 WIDE_SIZE = (5.4, 3.2)
 
@@ -24,17 +21,17 @@ def resistance_plot(report: dict[str, Any]) -> Markup:
     clean, guarantee = report["clean"], report["guarantee"]
 
     def paint(figure: Figure) -> None:
-        axes = _rate_axes(figure, clean["images"], "false-positive rate (logarithmic)", "resistance rate")
+        axes = rate_axes(figure, clean["images"], "false-positive rate (logarithmic)", "resistance rate")
         lowest = 1.0
         for index, attack in enumerate(report["attacks"]):
             for row in attack["rows"]:
                 crafted = row["form"] == "as crafted"
-                xs, ys = _points(row["curve"], axes.get_xlim()[0])
+                xs, ys = rate_points(row["curve"], axes.get_xlim()[0])
                 if not xs:
                     continue
                 lowest = min(lowest, *ys)
                 label = f"{row['attack']}  (AUC {row['auc']:.3f})" if crafted else None
-                axes.plot(xs, ys, color=_line(index), linestyle="-" if crafted else ":", label=label)
+                axes.plot(xs, ys, color=line_colour(index), linestyle="-" if crafted else ":", label=label)
                 if crafted:
                     _mark(axes, index, clean["false_positive_rate"], row["resisted"])
         axes.set_ylim(max(0.0, math.floor(10 * lowest - 0.5) / 10), 1.02)
@@ -42,7 +39,7 @@ def resistance_plot(report: dict[str, Any]) -> Markup:
         figure.legend(loc="outside lower left")
 
     described = "; ".join(
-        f"{row['attack']} {row['form']}: {_told(row['resisted'])} resisted, area {row['auc']:.3f}"
+        f"{row['attack']} {row['form']}: {told(row['resisted'])} resisted, area {row['auc']:.3f}"
         for attack in report["attacks"]
         for row in attack["rows"]
         if row["auc"] is not None
@@ -55,20 +52,20 @@ def detector_plot(report: dict[str, Any]) -> Markup:
     clean = report["clean"]
 
     def paint(figure: Figure) -> None:
-        axes = _rate_axes(figure, clean["images"], "false-positive rate (logarithmic)", "true-positive rate")
+        axes = rate_axes(figure, clean["images"], "false-positive rate (logarithmic)", "true-positive rate")
         for index, attack in enumerate(report["attacks"]):
             row = _crafted(attack)
-            xs, ys = _points(attack["detector_curve"], axes.get_xlim()[0])
+            xs, ys = rate_points(attack["detector_curve"], axes.get_xlim()[0])
             if xs:
                 label = f"{row['attack']}  (AUC {row['detector_auc']:.3f})"
-                axes.plot(xs, ys, color=_line(index), label=label)
+                axes.plot(xs, ys, color=line_colour(index), label=label)
                 _mark(axes, index, clean["false_positive_rate"], row["alerted"])
         axes.set_ylim(0, 1.02)
         _budget_line(axes, report["guarantee"]["budget"])
         figure.legend(loc="outside lower left")
 
     described = "; ".join(
-        f"{row['attack']}: {_told(row['alerted'])} alerted, area {row['detector_auc']:.3f}"
+        f"{row['attack']}: {told(row['alerted'])} alerted, area {row['detector_auc']:.3f}"
         for row in map(_crafted, report["attacks"])
         if row["detector_auc"] is not None
     )
@@ -103,13 +100,13 @@ def score_plot(report: dict[str, Any], index: int) -> Markup:
         axes.grid(visible=False, axis="x")
         axes.set_xlabel("score (the outermost bars hold what lies beyond)")
         axes.set_ylabel("share of images")
-        _percent_ticks(axes.yaxis)
+        percent_ticks(axes.yaxis)
         figure.legend(loc="outside lower left", ncols=2)
 
     row = _crafted(attack)
     described = (
-        f"Of {sum(clean)} clean images {_told(report['clean']['false_positive_rate'])} score above the threshold, of "
-        f"{sum(left) + sum(corrected)} examples {_told(row['alerted'])}; {sum(left)} examples are answered wrongly."
+        f"Of {sum(clean)} clean images {told(report['clean']['false_positive_rate'])} score above the threshold, of "
+        f"{sum(left) + sum(corrected)} examples {told(row['alerted'])}; {sum(left)} examples are answered wrongly."
     )
     return draw(f"scores-{index}", f"Scores under {attack['name']}", described, WIDE_SIZE, paint)
 
@@ -124,7 +121,7 @@ def loss_plot(report: dict[str, Any]) -> Markup:
         for index, (stage, curve) in enumerate(regulator["curves"].items()):
             finite = [(step, loss) for step, loss in curve if loss is not None]
             losses += [loss for _, loss in finite]
-            axes.plot(*zip(*finite, strict=True) if finite else ((), ()), color=_line(index), label=stage)
+            axes.plot(*zip(*finite, strict=True) if finite else ((), ()), color=line_colour(index), label=stage)
         for step in regulator["stopping_points"]:
             axes.axvline(step, color=colour("muted"), linestyle=":", linewidth=1)
         axes.axvline(chosen, color=colour("ink"), linestyle="--", linewidth=1.1, label=f"stopped at step {chosen}")
@@ -160,7 +157,12 @@ def selection_plot(report: dict[str, Any]) -> Markup:
             )
             xs, ys = ([each[name] for each in tried] for name in ("accuracy", "corrected"))
             axes.plot(
-                xs, ys, color=_line(index), marker=MARKERS[index % len(MARKERS)], markersize=4, label=f"step {step}"
+                xs,
+                ys,
+                color=line_colour(index),
+                marker=MARKERS[index % len(MARKERS)],
+                markersize=4,
+                label=f"step {step}",
             )
         axes.plot(
             [chosen["accuracy"]],
@@ -177,13 +179,13 @@ def selection_plot(report: dict[str, Any]) -> Markup:
         axes.axvline(undefended, color=colour("muted"), linestyle=":", linewidth=1.1, label="bare classifier")
         axes.set_xlabel("accuracy on clean validation images")
         axes.set_ylabel("attacked images corrected")
-        _percent_ticks(axes.xaxis)
-        _percent_ticks(axes.yaxis)
+        percent_ticks(axes.xaxis)
+        percent_ticks(axes.yaxis)
         figure.legend(loc="outside lower left", ncols=2)
 
     described = (
         f"{len(selection['tried'])} candidates; chosen step {chosen['step']} at strength {chosen['strength']:g}, with "
-        f"{_told(chosen['accuracy'])} accuracy and {_told(chosen['corrected'])} corrected."
+        f"{told(chosen['accuracy'])} accuracy and {told(chosen['corrected'])} corrected."
     )
     return draw("selection", "Accuracy against what is corrected", described, CURVE_SIZE, paint)
 
@@ -193,46 +195,16 @@ def _crafted(attack: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _rate_axes(figure: Figure, images: int, x: str, y: str) -> Axes:
-    """Return axes of rates, the lower logarithmic from below one image in so many to all of them."""
-    axes = figure.add_subplot()
-    axes.set_xscale("log")
-    axes.set_xlim(0.5 / images, 1)
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    _percent_ticks(axes.xaxis)
-    _percent_ticks(axes.yaxis)
-    return axes
-
-
-def _points(curve: Sequence[tuple[float, float]], least: float) -> tuple[list[float], list[float]]:
-    """Return the coordinates of a curve for a logarithmic axis that begins at ``least``."""
-    return [max(x, least) for x, _ in curve], [y for _, y in curve]
-
-
 def _mark(axes: Axes, index: int, x: float, y: float) -> None:
     axes.plot(
         [max(x, axes.get_xlim()[0])],
         [y],
         marker=MARKERS[index % len(MARKERS)],
         markersize=6,
-        color=_line(index),
+        color=line_colour(index),
         clip_on=False,
     )
 
 
 def _budget_line(axes: Axes, budget: float) -> None:
-    axes.axvline(budget, color=colour("ink"), linestyle="--", linewidth=1.1, label=f"budget {_told(budget)}")
-
-
-def _percent_ticks(axis: Axis) -> None:
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.10g} %"))
-
-
-def _line(index: int) -> str:
-    return colour(LINES[index % len(LINES)])
-
-
-def _told(rate: float) -> str:
-    return f"{100 * rate:.1f} %"
+    axes.axvline(budget, color=colour("ink"), linestyle="--", linewidth=1.1, label=f"budget {told(budget)}")

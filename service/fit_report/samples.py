@@ -12,7 +12,7 @@ from defenses.calibration import p_values
 from defenses.pixels import to_float
 from defenses.precision import full_precision
 from defenses.protected import ProtectedClassifier
-from service.fit_report.pictures import difference_picture, picture
+from service.report_parts.pictures import difference_picture, picture
 
 SAMPLES = 6
 """How many examples of an attack are shown: the first that fool the classifier."""

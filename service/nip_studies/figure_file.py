@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-from service.fit_report.svg import COLOURS, SVG
+from service.report_parts.svg import COLOURS, SVG
 
 FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
@@ -17,7 +17,7 @@ def write_figure(figure: Markup, path: Path) -> None:
 
     Raises ``OSError`` where it cannot be written.
     """
-    style = files("service.fit_report").joinpath("page.css").read_text(encoding="utf-8")
+    style = files("service.report_parts").joinpath("page.css").read_text(encoding="utf-8")
     inks = {name: _ink(style, name) for name in COLOURS}
     text = re.sub(r"var\(--([a-z0-9-]+)\)", lambda found: inks[found[1]], str(figure))
     ElementTree.register_namespace("", SVG)

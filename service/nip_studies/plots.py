@@ -6,13 +6,12 @@ from typing import Any
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
-from service.fit_report.plots import LINES, MARKERS
-from service.fit_report.svg import colour, draw
 from service.nip_studies.figure_file import write_figure
+from service.report_parts.axes import MARKERS, line_colour, percent_ticks, told
+from service.report_parts.svg import colour, draw
 
 WIDTH = 7.6
 NONE_FOOLS = "No attack has an example that fools the classifier."
@@ -58,8 +57,8 @@ def influence_plot(study: dict[str, Any]) -> Markup:
         _legend(figure, 2)
 
     described = "; ".join(
-        f"{row['attack']}: of {row['neurons']} {row['group']} neurons {_told(row['suppressed']['rate'])} of the images "
-        f"have less influence, {_told(row['raised']['rate'])} more"
+        f"{row['attack']}: of {row['neurons']} {row['group']} neurons {told(row['suppressed']['rate'])} of the images "
+        f"have less influence, {told(row['raised']['rate'])} more"
         for row in study["groups"]
         if (row["towards"], row["measure"], row["moved"]) == ("true", "log odds", "adversarial")
     )
@@ -92,22 +91,22 @@ def consistency_plot(study: dict[str, Any]) -> Markup:
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot()
         for row in rows:
-            ink, marker = _ink(attacks.index(row["attack"])), MARKERS[directions.index(row["direction"])]
+            ink, marker = line_colour(attacks.index(row["attack"])), MARKERS[directions.index(row["direction"])]
             right = row["right"]
             reach = [[right["rate"] - right["interval"][0]], [right["interval"][1] - right["rate"]]]
             axes.errorbar([row["consistency"]], [right["rate"]], yerr=reach, color=ink, marker=marker, linewidth=1)
         for place, attack in enumerate(attacks):
-            axes.plot([], [], color=_ink(place), label=attack)
+            axes.plot([], [], color=line_colour(place), label=attack)
         for marker, direction in zip(MARKERS, directions, strict=False):
             axes.plot([], [], color=colour("ink"), linestyle="none", marker=marker, label=direction or "not moved")
         axes.set_xlabel(f"consistency of the top {study['k']} neurons with those of the clean image")
         axes.set_ylabel("answered with the true class")
-        _percent(axes.yaxis)
+        percent_ticks(axes.yaxis)
         _legend(figure, 3)
 
     described = "; ".join(
         f"{row['attack']}, {row['direction'] or 'not moved'}: consistency {row['consistency']:.3f}, "
-        f"{_told(row['right']['rate'])} right"
+        f"{told(row['right']['rate'])} right"
         for row in rows
     )
     return draw("tknc", "Neuron consistency and success", described or NONE_FOOLS, (WIDTH, 4.6), paint)
@@ -144,13 +143,15 @@ def place_plot(study: dict[str, Any]) -> Markup:
             low, high = ([abs(share["rate"] - share["interval"][end]) for _, share in shown] for end in (0, 1))
             label = f"{row['place']}, amplitude {outcome['amplitude']:g}{_how(outcome['recalibrated'])}"
             places = [place + (index - (len(rows) - 1) / 2) * width for place, _ in shown]
-            axes.bar(places, rates, width, yerr=[low, high], color=_ink(index), ecolor=colour("muted"), label=label)
+            axes.bar(
+                places, rates, width, yerr=[low, high], color=line_colour(index), ecolor=colour("muted"), label=label
+            )
         axes.xaxis.set_major_locator(FixedLocator(range(len(groups))))
         axes.xaxis.set_major_formatter(FixedFormatter(groups))
         axes.tick_params(axis="x", labelrotation=20)
         axes.grid(visible=False, axis="x")
         axes.set_ylabel("answered with the true class")
-        _percent(axes.yaxis)
+        percent_ticks(axes.yaxis)
         _legend(figure, 2)
 
     described = "; ".join(f"{row['place']}{_described(row['outcome'])}" for row in rows)
@@ -185,7 +186,7 @@ def _sweep_plot(study: dict[str, Any], name: str, title: str, varied: Sequence[s
                 axes.tick_params(axis="x", labelrotation=20)
             axes.set_xlabel(label)
             axes.set_ylim(-0.02, 1.02)
-            _percent(axes.yaxis)
+            percent_ticks(axes.yaxis)
             if not panel:
                 axes.set_ylabel("answered with the true class")
         figure.axes[0].plot([], [], color=colour("muted"), linestyle=":", label="the same, amplitude set anew")
@@ -201,7 +202,7 @@ def _lines(axes: Axes, outcomes: Sequence[dict[str, Any]], *, recalibrated: bool
     for index, attack in enumerate(outcomes[0]["attacks"] if outcomes else ()):
         found = [outcome["attacks"][index]["right"] for outcome in outcomes]
         if found[0]["images"]:
-            shares[attack["attack"]] = (_ink(index), MARKERS[index % len(MARKERS)], found)
+            shares[attack["attack"]] = (line_colour(index), MARKERS[index % len(MARKERS)], found)
     for name, (ink, marker, found) in shares.items():
         rates = [share["rate"] for share in found]
         reach = [[abs(share["rate"] - share["interval"][end]) for share in found] for end in (0, 1)]
@@ -220,11 +221,11 @@ def _lines(axes: Axes, outcomes: Sequence[dict[str, Any]], *, recalibrated: bool
 
 def _described(outcome: dict[str, Any]) -> str:
     attacks = ", ".join(
-        f"{each['attack']} {_told(each['right']['rate'])}"
+        f"{each['attack']} {told(each['right']['rate'])}"
         for each in outcome["attacks"]
         if each["right"]["rate"] is not None
     )
-    clean = f"clean {_told(outcome['clean']['rate'])}"
+    clean = f"clean {told(outcome['clean']['rate'])}"
     how = f" at amplitude {outcome['amplitude']:g}{_how(outcome['recalibrated'])}: {clean}"
     return f"{how}, {attacks}" if attacks else how
 
@@ -249,15 +250,3 @@ def _legend(figure: Figure, columns: int) -> None:
             entries.setdefault(label, handle)
     if entries:
         figure.legend(entries.values(), entries.keys(), loc="outside lower left", ncols=columns)
-
-
-def _percent(axis: Axis) -> None:
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.10g} %"))
-
-
-def _ink(index: int) -> str:
-    return colour(LINES[index % len(LINES)])
-
-
-def _told(rate: float) -> str:
-    return f"{100 * rate:.1f} %"

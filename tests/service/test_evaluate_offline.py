@@ -123,42 +123,55 @@ def report(published, tmp_path_factory) -> dict:
 
 def test_a_version_is_measured_from_the_store_without_a_gateway(report, published, dataset):
     manifest = Store.open(published / "models").manifest("digits", 2)
-    assert (report["model"], report["version"]) == ("digits", 2)
-    assert report["threshold"] == pytest.approx(manifest.threshold)
-    clean = report["clean"]
+    (defense,) = report["defenses"]
+    assert (defense["name"], defense["kind"], defense["method"]) == ("digits@2", "coophance", "coophance")
+    assert defense["threshold"] == pytest.approx(manifest.threshold)
+    assert defense["noisy"]
+    clean = defense["clean"]
     assert clean["images"] == len(dataset.test.targets)
     assert clean["undefended_accuracy"] > 0.9
-    assert clean["undefended_accuracy"] >= clean["accuracy"] > clean["accepted_accuracy"] > 0.3
-    assert clean["false_positive_interval"][0] < clean["false_positive_rate"] < clean["false_positive_interval"][1]
+    accuracy, accepted, alerted = (clean[name] for name in ("accuracy", "accepted_accuracy", "false_positive_rate"))
+    assert clean["undefended_accuracy"] >= accuracy["mean"] > accepted["mean"] > 0.3
+    assert [len(rate["by_seed"]) for rate in (accuracy, accepted, alerted)] == [3, 3, 3]
+    assert alerted["mean"] == pytest.approx(sum(alerted["by_seed"]) / 3)
+    assert alerted["interval"][0] < alerted["by_seed"][0] < alerted["interval"][1]
     forms = [(row["attack"], row["form"]) for row in report["rows"]]
     assert forms == [(text, form) for text in ATTACKS for form in ("as crafted", "rounded")]
     for row in report["rows"]:
-        assert row["attempted"] == 40
+        assert (row["attempted"], row["scenario"], row["defense"]) == (40, "A", "digits@2")
         assert row["fooling"] > 5
-        assert row["resisted"] >= max(row["corrected"], row["alerted"]) > 0
-        assert row["resisted_interval"][0] <= row["resisted"] <= row["resisted_interval"][1]
+        resisted = row["resisted"]
+        assert resisted["mean"] >= max(row["corrected"]["mean"], row["alerted"]["mean"]) > 0
+        assert resisted["interval"][0] <= resisted["by_seed"][0] <= resisted["interval"][1]
+        assert row["resisted_of_attempts"] == pytest.approx(1 - (1 - resisted["mean"]) * row["fooling"] / 40)
         assert 0.5 < row["auc"] <= 1
         assert row["curve"][-1] == [1, 1]
+        within = [row["success_within"][tries] for tries in ("1", "10", "100")]
+        assert within == sorted(within)
+        assert row["seconds_per_image"] > 0
     by_form = {(row["attack"], row["form"]): row for row in report["rows"]}
     least = [by_form[ATTACKS[1], form] for form in ("as crafted", "rounded")]
     assert least[0]["fooling"] >= least[1]["fooling"]
     assert least[0]["distortion_l2"] < by_form[ATTACKS[0], "as crafted"]["distortion_l2"]
+    assert by_form[ATTACKS[0], "as crafted"]["distortion_linf"] == pytest.approx(48 / 255, abs=1e-3)
 
 
-def test_a_report_holds_what_is_needed_to_repeat_it(report, dataset):
-    assert report["plan"] == {"attacks": list(ATTACKS), "limit": 40, "seed": 5, "confusion": None, "noise": True}
+def test_a_report_holds_what_is_needed_to_repeat_it(report, dataset, published):
+    plan = report["plan"]
+    assert (plan["attacks"], plan["limit"], plan["seed"]) == (list(ATTACKS), 40, 5)
+    assert (plan["confusion"], plan["noise"], plan["scenarios"]) == (None, True, ["A"])
     assert report["dataset"] == {"name": dataset.name, "digest": dataset.digest, "split_seed": 0}
+    assert report["classifier"]["digest"] == Store.open(published / "models").fetch("digits", 1).digest
     assert report["command"].split()[0] == "portcullis"
     assert report["libraries"]["foolbox"] == "3.3.4"
     assert report["libraries"]["torch"].startswith("2.13.0")
     assert report["hardware"]["cpus"] >= 1
     assert report["hardware"]["device"]
-    fgsm, deepfool = report["attacks"]
-    assert fgsm["attack"] == ATTACKS[0]
+    assert (report["complete"], report["attempted"], report["published"]) == (True, 40, [])
+    fgsm, deepfool = report["rows"][0], report["rows"][2]
     assert fgsm["parameters"] == {"epsilon": pytest.approx(48 / 255)}
+    assert (fgsm["norm"], fgsm["sees"]) == ("linf", "gradients")
     assert deepfool["parameters"] == {"steps": 8, "overshoot": 0.02}
-    assert deepfool["crafting_seconds"] > 0
-    assert deepfool["answering_seconds"] > 0
 
 
 def test_the_rates_are_those_of_the_defense_on_the_bare_classifiers_examples(report, published, dataset):
@@ -177,50 +190,82 @@ def test_the_rates_are_those_of_the_defense_on_the_bare_classifiers_examples(rep
         progress=lambda done, total: None,
     )
     y = made.y[made.fooled]
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(5)
-        output = protected(made.x_adv[made.fooled])
     row = report["rows"][0]
     assert row["fooling"] == len(y)
-    assert row["corrected"] == pytest.approx((output.logits.argmax(1) == y).double().mean().item())
-    assert row["alerted"] == pytest.approx(output.alerts.double().mean().item())
+    for number, seed in enumerate((5, 6, 7)):
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            output = protected(made.x_adv[made.fooled])
+        right = output.logits.argmax(1) == y
+        assert row["corrected"]["by_seed"][number] == pytest.approx(right.double().mean().item())
+        assert row["alerted"]["by_seed"][number] == pytest.approx(output.alerts.double().mean().item())
+        resisted = (right | output.alerts).double().mean().item()
+        assert row["resisted"]["by_seed"][number] == pytest.approx(resisted)
     assert row["distortion_l2"] == pytest.approx(made.distortion)
 
 
-def test_the_same_command_measures_the_same(report, published):
-    again = json.loads(portcullis("evaluate", "digits@2", *QUICK, "--store", published, "--json")[1])
-    assert (again["clean"], again["rows"]) == (report["clean"], report["rows"])
+def untimed(report: dict) -> dict:
+    """Return a report without what the clock says."""
+    timed = ("seconds_per_image", "milliseconds", "bare_milliseconds")
+    lists = {
+        name: [{key: value for key, value in each.items() if key not in timed} for each in report[name]]
+        for name in ("rows", "defenses")
+    }
+    return {**report, **lists, "command": None}
+
+
+def test_the_same_command_measures_the_same_whether_examples_are_kept_or_not(report, published, tmp_path):
+    for cache in ([], ["--cache", tmp_path / "elsewhere"]):
+        again = json.loads(portcullis("evaluate", "digits@2", *QUICK, *cache, "--store", published, "--json")[1])
+        assert untimed(again) == untimed(report)
 
 
 def test_noise_and_confusion_can_be_switched_off(report, published):
     arguments = [*QUICK, "--store", published, "--json", "--clean"]
     rows = [
-        json.loads(portcullis("evaluate", "digits", *arguments, *more)[1])["clean"]
+        json.loads(portcullis("evaluate", "digits", *arguments, *more)[1])["defenses"][0]
         for more in (["--no-noise"], ["--no-confusion"], ["--no-noise", "--seed", 5])
     ]
     # This defense has no noise but the confusion's.
-    assert rows[0] == rows[1] == rows[2]
-    assert rows[0] != report["clean"]
+    assert rows[0]["clean"] == rows[1]["clean"] == rows[2]["clean"]
+    assert rows[0]["clean"]["accuracy"]["mean"] != report["defenses"][0]["clean"]["accuracy"]["mean"]
+    assert not any(row["noisy"] for row in rows)
+    assert rows[0]["lottery"] is None
+    assert report["defenses"][0]["lottery"]["submissions"] == 16
 
 
 def test_the_tables_show_both_forms_and_the_clean_rates(report, published):
     status, output = portcullis("evaluate", "digits", *QUICK, "--store", published)
     assert status == 0, output
     text = re.sub(r"\s+", " ", output)
-    assert "digits, version 2" in text
-    assert f"{100 * report['clean']['accuracy']:.2f} %" in text
+    (defense,) = report["defenses"]
+    assert f"{100 * defense['clean']['accuracy']['mean']:.2f} %" in text
     assert "Answered: with the true class" in text
     as_crafted, rounded = text.split("bare classifier, as crafted")[1].split("bare classifier, rounded to 8 bits")
     for row, shown in zip(report["rows"], (as_crafted, rounded, as_crafted, rounded), strict=True):
         assert f"{row['fooling']}/40" in shown
-        assert f"{100 * row['resisted']:.1f} %" in shown
+        assert f"{100 * row['resisted']['mean']:.1f} %" in shown
         assert f"{row['auc']:.3f}" in shown
+    passed = sum(check["passed"] for check in report["checks"])
+    assert f"sanity checks: {passed} of {len(report['checks'])} passed" in text
 
 
-def test_a_version_without_a_defense_is_refused(published):
-    status, output = portcullis("evaluate", "digits@1", *QUICK, "--store", published)
-    assert status == 1
-    assert "got digits@1, which is of kind classifier" in re.sub(r"\s+", " ", output)
+def test_a_classifier_is_measured_as_a_control_beside_its_defense(published):
+    status, output = portcullis("evaluate", "digits@1", "digits@2", *QUICK, "--store", published, "--json")
+    assert status == 0, output
+    report = json.loads(output)
+    control, defense = report["defenses"]
+    assert (control["name"], control["method"], control["threshold"], control["noisy"]) == (
+        "digits@1",
+        "none",
+        None,
+        False,
+    )
+    assert control["clean"]["accuracy"]["mean"] == control["clean"]["undefended_accuracy"]
+    assert control["clean"]["false_positive_rate"]["mean"] == 0 < defense["clean"]["false_positive_rate"]["mean"]
+    for row in report["rows"]:
+        if row["defense"] == "digits@1":
+            assert (row["resisted"]["mean"], row["auc"], row["success_within"]) == (0, None, None)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +277,12 @@ def test_a_version_without_a_defense_is_refused(published):
         (["digits", "--output", "nowhere/report.json"], "There is no folder"),
         (["digits@2", "--url", "http://127.0.0.1:9"], "Expected a name without a version"),
         (["digits", "--url", "http://127.0.0.1:9", "--no-noise"], "are for a measurement without --url"),
-        (["digits", "--url", "http://127.0.0.1:9", "--device", "cpu"], "are for a measurement without --url"),
+        (["digits", "--url", "http://127.0.0.1:9", "--device", "cpu"], "is for a measurement without --url"),
+        (["digits", "--url", "http://127.0.0.1:9", "--scenario", "B"], "are for a measurement without --url"),
+        (["digits", "--scenario", "C"], "Expected the scenarios A and B, got C."),
+        (["digits", "--sweep", "fgsm@epsilon"], "there is no parameter with values behind an @"),
+        (["digits", "--sweep", "fgsm@steps=1,2"], "Expected an attack such as fgsm"),
+        (["digits@1", "--no-noise"], "are for a defense that has noise, and digits@1 has none"),
         (["digits", "--url", "http://127.0.0.1:9"], "No gateway answers at"),
     ],
 )

@@ -1,0 +1,74 @@
+"""How much of a noisy defense's answer is luck."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from defenses.evaluation import run_batched
+from defenses.precision import full_precision
+from defenses.protected import ProtectedClassifier
+
+SUBMISSIONS = 16
+"""How often a clean image is submitted."""
+
+TRIES = (1, 10, 100)
+"""After how many submissions an attack's success is counted."""
+
+
+@dataclass(frozen=True)
+class Lottery:
+    """The share of ``images`` clean images whose label, or verdict, is not the same over 16 submissions."""
+
+    images: int
+    submissions: int
+    labels_change: float
+    verdicts_change: float
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Submit images again and again to a protected classifier in evaluation mode on ``device``.
+
+    The noise is drawn from ``seed``, and the global random state left as it was. ``noise_scale`` multiplies it.
+    """
+
+    protected: ProtectedClassifier
+    device: torch.device
+    seed: int
+    noise_scale: float = 1.0
+
+    def noisy(self, images: Tensor) -> bool:
+        """Say whether two submissions of some images (N, C, H, W) are answered differently."""
+        (first, _), (second, _) = self._answered(images, 2)
+        return not torch.equal(first, second)
+
+    def lottery(self, images: Tensor) -> Lottery:
+        """Return how clean images (N, C, H, W), one or more, fare over 16 submissions."""
+        answers = self._answered(images, SUBMISSIONS)
+        labels = torch.stack([logits.argmax(1) for logits, _ in answers])
+        verdicts = torch.stack([alerts for _, alerts in answers])
+        changed = [float((each != each[0]).any(0).float().mean()) for each in (labels, verdicts)]
+        return Lottery(len(images), SUBMISSIONS, *changed)
+
+    def success_within(self, x_adv: Tensor, y: Tensor) -> dict[int, float]:
+        """Return the share of images (N, C, H, W), of classes y (N,), that succeed within 1, 10 and 100 submissions.
+
+        An attack succeeds at a submission that is answered with another class and not alerted.
+        """
+        won = torch.zeros(len(y), dtype=torch.bool)
+        shares = {}
+        for number, (logits, alerts) in enumerate(self._answered(x_adv, TRIES[-1]), 1):
+            won |= (logits.argmax(1) != y) & ~alerts
+            if number in TRIES:
+                shares[number] = float(won.float().mean())
+        return shares
+
+    def _answered(self, images: Tensor, times: int) -> list[tuple[Tensor, Tensor]]:
+        """Return the logits (N, K) and alerts (N,) of each of several submissions."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []), full_precision():
+            torch.manual_seed(self.seed)
+            answers = [
+                run_batched(self.protected, images, self.device, noise_scale=self.noise_scale) for _ in range(times)
+            ]
+        return [(each.logits, each.alerts) for each in answers]

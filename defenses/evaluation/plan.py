@@ -1,0 +1,104 @@
+"""What an evaluation does: which attacks, in which scenarios, on how many images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from defenses.attacks import Attack, attack
+
+Scenario = Literal["A", "B"]
+"""A: the attacker knows the classifier and not the defense. B: all of it, noise excepted (CoopHANCE, section 2.3)."""
+
+DEAR = 300
+"""An attack that asks a model about one image more often than this is a dear one."""
+
+
+class SweepUnclear(ValueError):
+    """A sweep names no attack, no parameter or no values."""
+
+    def __init__(self, text: str, reason: str) -> None:
+        self.text = text
+        super().__init__(
+            f"Expected a sweep such as fgsm@epsilon=1/255,2/255 or cw:steps=100@confidence=0,10, got {text!r}: {reason}"
+        )
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Hold an attack whose one parameter takes several values, in ascending order of effect."""
+
+    text: str
+    parameter: str
+    attacks: tuple[Attack, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Sweep":
+        """Return the sweep ``NAME[:parameter=value,...]@parameter=value,value,...``; raises ``SweepUnclear``."""
+        base, at, varied = text.partition("@")
+        parameter, equals, values = varied.partition("=")
+        if not (at and equals and values):
+            raise SweepUnclear(text, "there is no parameter with values behind an @.")
+        try:
+            joined = "," if ":" in base else ":"
+            attacks = tuple(attack(f"{base}{joined}{parameter}={value}") for value in values.split(","))
+        except ValueError as error:
+            raise SweepUnclear(text, str(error)) from error
+        return cls(text, parameter, attacks)
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The values that the parameter takes."""
+        return tuple(each.parameters[self.parameter] for each in self.attacks)
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """Say what is measured.
+
+    The test images are taken in an order drawn from ``seed``; of those that the bare classifier gets right the first
+    ``limit`` are attempted by each attack, and the first ``dear_limit`` by one that asks a model more than 300 times
+    about an image. ``attacks`` and ``sweeps`` are run in each of ``scenarios`` that they are made for. In scenario B a
+    noisy defense is asked ``samples`` times for each gradient. Every rate is measured under ``noise_seeds`` noises, and
+    what is a lottery with ``lottery`` images: each is submitted 16 times clean and 100 times attacked. ``noise`` and
+    ``confusion`` switch the defenses' noise and confusion layers, as they were published when None. ``checks`` adds the
+    work that the sanity checks of an attack on a defense take.
+    """
+
+    attacks: tuple[str, ...]
+    scenarios: tuple[Scenario, ...] = ("A",)
+    sweeps: tuple[str, ...] = ()
+    limit: int = 300
+    dear_limit: int = 200
+    seed: int = 0
+    samples: int = 8
+    noise_seeds: int = 3
+    lottery: int = 100
+    noise: bool = True
+    confusion: bool | None = None
+    checks: bool = True
+
+    def images_for(self, each: Attack) -> int:
+        """Return how many images an attack attempts."""
+        return min(self.limit, self.dear_limit) if each.facts.passes > DEAR else self.limit
+
+    def parsed(self) -> tuple[tuple[Attack, ...], tuple[Sweep, ...]]:
+        """Return the attacks and the sweeps; raises ``AttackUnknown`` and ``SweepUnclear``."""
+        return tuple(attack(text) for text in self.attacks), tuple(Sweep.parse(text) for text in self.sweeps)
+
+
+def known_scenarios(names: Sequence[str]) -> tuple[Scenario, ...]:
+    """Return scenarios by their names, each once; raises ``ValueError`` for one that there is not."""
+    unknown = [name for name in names if name not in get_args(Scenario)]
+    if unknown:
+        raise ValueError(f"Expected the scenarios {' and '.join(get_args(Scenario))}, got {', '.join(unknown)}.")
+    return tuple(each for each in get_args(Scenario) if each in names)
+
+
+def suits(each: Attack, scenario: Scenario) -> bool:
+    """Say whether an attack is made for the model that it is run on in a scenario."""
+    return each.facts.on in ("any", "classifier" if scenario == "A" else "defense")
+
+
+def distinct(attacks: Sequence[Attack]) -> tuple[Attack, ...]:
+    """Return the attacks without those that come a second time."""
+    return tuple({each.name: each for each in attacks}.values())

@@ -1,0 +1,106 @@
+"""Examples of an evaluation's rows as pictures."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from defenses.evaluation.run import Sample
+from service.evaluation.document import DefenseReport, EvaluationReport
+from service.evaluation_report.tables import by_name
+from service.report_parts.pictures import difference_picture, picture
+
+MOST_STRIPS = 12
+"""Rows of pictures that are shown of one attack in scenario B, where each defense has its own."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Hold one defense's answer to an example: the purified image as a picture, the label, and what came of it."""
+
+    defense: DefenseReport
+    purified: str
+    label: str
+    right: bool
+    alerted: bool
+
+    @property
+    def resisted(self) -> bool:
+        """Whether the example is answered with the true class or alerted."""
+        return self.right or self.alerted
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Hold the pictures of one example: data URIs of PNGs, the difference multiplied by ``times``.
+
+    ``undefended`` is what the bare classifier answers; ``answers`` has one entry for each defense that was given it.
+    """
+
+    clean: str
+    adversarial: str
+    difference: str
+    times: int
+    true: str
+    undefended: str
+    answers: tuple[Answered, ...]
+
+
+@dataclass(frozen=True)
+class SampleGroup:
+    """Hold the examples of one attack in one scenario."""
+
+    scenario: str
+    attack: str
+    strips: tuple[Strip, ...]
+
+
+def sample_groups(report: EvaluationReport, samples: Sequence[Sample]) -> tuple[SampleGroup, ...]:
+    """Return the examples by scenario and attack.
+
+    In scenario A all defenses are given the same example, which makes one strip; in scenario B each has its own.
+    """
+    placed = sorted(samples, key=lambda sample: (sample.scenario, _first_place(samples, sample)))
+    return tuple(
+        SampleGroup(scenario, attack, tuple(_strips(report, list(found))))
+        for (scenario, attack), found in groupby(placed, key=lambda sample: (sample.scenario, sample.attack))
+    )
+
+
+def _first_place(samples: Sequence[Sample], sample: Sample) -> int:
+    return next(place for place, each in enumerate(samples) if each.attack == sample.attack)
+
+
+def _strips(report: EvaluationReport, samples: Sequence[Sample]) -> Iterator[Strip]:
+    by_defense = [list(found) for _, found in groupby(samples, key=lambda sample: sample.defense)]
+    if samples[0].scenario == "A":
+        for same in zip(*by_defense, strict=True):
+            yield _strip(report, same)
+        return
+    for own in by_defense:
+        for sample in own[: max(1, MOST_STRIPS // len(by_defense))]:
+            yield _strip(report, [sample])
+
+
+def _strip(report: EvaluationReport, same: Sequence[Sample]) -> Strip:
+    """Return the pictures of one example that was given to one or more defenses."""
+    first = same[0]
+    difference, times = difference_picture(first.adversarial - first.clean)
+    defenses, labels = by_name(report), report.labels
+    return Strip(
+        clean=picture(first.clean),
+        adversarial=picture(first.adversarial),
+        difference=difference,
+        times=times,
+        true=labels[first.true_class],
+        undefended=labels[first.undefended_class],
+        answers=tuple(
+            Answered(
+                defenses[each.defense],
+                picture(each.purified),
+                labels[each.answered_class],
+                each.answered_class == each.true_class,
+                each.alerted,
+            )
+            for each in same
+        ),
+    )
