@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 import typer
 from torch import Tensor
 
 from defenses.attacks import AdversarialExamples, attack, craft_once
+from defenses.baselines.smoothing import MedianSmoothing
 from defenses.classifier import Classifier
 from defenses.detector import NoDetector
 from defenses.evaluation import Progress
@@ -60,14 +60,6 @@ class Row:
     answer: Answer
     control_of: str | None = None
     drawn: bool = True
-
-
-class MedianSmoothing(Purifier):
-    """Replace each value by the median of its 3x3 neighbors: spatial smoothing, for comparison."""
-
-    def forward(self, x: Tensor, noise_scale: Tensor) -> Tensor:
-        neighbors = F.pad(x, (1, 1, 1, 1), mode="reflect").unfold(2, 3, 1).unfold(3, 3, 1)
-        return neighbors.flatten(4).median(-1).values
 
 
 def main(
@@ -157,7 +149,7 @@ def _rows(
     candidates = paper.pool.perturbations.float()
     rows = [
         Row("bare", lambda x, clean: classifier(x).argmax(1), drawn=False),
-        _plain("median of 3x3", classifier, MedianSmoothing()),
+        _plain("median of 3x3", classifier, MedianSmoothing(3)),
         Row("as printed", _answers(defenses["paper"]), drawn=False),
         Row("as printed, random candidate", _controlled(defenses["paper"], "random"), "as printed"),
         Row("as printed, Gaussian", _controlled(defenses["paper"], "gaussian"), "as printed"),

@@ -1,19 +1,60 @@
 """Measuring a running gateway from outside: clean and adversarial images through HTTP."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
+import httpx
 import numpy as np
 import torch
 
-from defenses.attacks import AdversarialExamples, attack, craft
+from defenses.attacks import AdversarialExamples, Attack, attack, craft
+from defenses.attacks.examples import mean_distance
 from defenses.classifier import Classifier
 from defenses.evaluation import Progress
+from defenses.evaluation.plan import EvaluationPlan
 from defenses.evaluation.rates import CleanRow, Interval, exact_interval, rate
-from service.client import Client, Served, Told
+from service.client import Client, GatewayRefused, Served, Told
 from service.datasets import Split
+from service.http_victim import BLIND, AttackSeesTooMuch, HttpExamples, HttpVictim, attack_through
 from service.settings import Mode
+
+CraftedOn = Literal["classifier", "gateway"]
+"""What attacks are crafted on: the bare classifier, gradients and all, or the gateway, which tells labels alone."""
+
+TOO_MANY = 429
+MOST_WAITS = 10
+LONGEST_WAIT = 30.0
+"""The status of a gateway that has no room, how often one request waits for it, and at most how many seconds each."""
+
+
+class PatientClient(Client):
+    """Ask a gateway, and where it has no room ask again, up to 10 times a request.
+
+    It is asked after as many seconds as its Retry-After says, or 1 where that says none, and 30 at most. ``waits``
+    counts how often that was so.
+    """
+
+    def __init__(self, url: str, timeout: float = 60.0) -> None:
+        super().__init__(url, timeout)
+        self.waits = 0
+        self._after = ""
+        self._http.event_hooks = {"response": [self._note]}
+
+    def _note(self, answer: httpx.Response) -> None:
+        self._after = answer.headers.get("Retry-After", "")
+
+    def _ask(self, method: str, path: str, **parts: Any) -> httpx.Response:
+        for _ in range(MOST_WAITS):
+            try:
+                return super()._ask(method, path, **parts)
+            except GatewayRefused as refused:
+                if refused.status != TOO_MANY:
+                    raise
+            self.waits += 1
+            time.sleep(min(float(self._after) if self._after.isdecimal() else 1.0, LONGEST_WAIT))
+        return super()._ask(method, path, **parts)
 
 
 @dataclass(frozen=True)
@@ -58,6 +99,7 @@ class AttackRow:
     """
 
     attack: str
+    crafted_on: CraftedOn
     attempted: int
     fooling: int
     fooling_as_crafted: int
@@ -71,9 +113,8 @@ class AttackRow:
     @classmethod
     def of(cls, measured: Measured, examples: AdversarialExamples) -> Self:
         """Count one attack's examples."""
-        counted = (
-            measured.kind,
-            len(examples.y),
+        counted: tuple[str, CraftedOn, int, int, int, float | None] = (
+            *(measured.kind, "classifier", len(examples.y)),
             len(measured.targets),
             int(examples.fooled.sum()),
             examples.distortion_rounded,
@@ -92,10 +133,48 @@ class AttackRow:
 
 
 @dataclass(frozen=True)
+class GatewayRow:
+    """What one attack did to the gateway that was told its answers and nothing else.
+
+    Of the images that the gateway does not misclassify as they are, ``attempted`` were attacked. A success is answered
+    wrongly and not alerted when it is sent once more; ``success_rate`` has the Clopper-Pearson interval at 95 %.
+    ``queries_mean`` and ``queries_max`` say how many images the attack had answered to get there from one image, and
+    ``distortion_l2`` is the mean distance of the successes, for images in [0, 1]; None where there are none.
+    """
+
+    attack: str
+    crafted_on: CraftedOn
+    attempted: int
+    successes: int
+    success_rate: float
+    success_interval: Interval
+    queries_mean: float
+    queries_max: int
+    distortion_l2: float | None
+
+    @classmethod
+    def of(cls, examples: HttpExamples) -> Self:
+        """Count one attack's examples."""
+        fooled = examples.fooled
+        return cls(
+            examples.attack.name,
+            "gateway",
+            len(fooled),
+            int(fooled.sum()),
+            rate(fooled),
+            exact_interval(fooled),
+            float(examples.queries.double().mean()),
+            int(examples.queries.max()),
+            mean_distance(examples.x[fooled], examples.x_adv[fooled]),
+        )
+
+
+@dataclass(frozen=True)
 class Report:
     """A measurement of one version in service, in its mode.
 
-    Under ``enforce`` an alerted image gets no answer, which ``accuracy`` and ``corrected`` count as wrong.
+    Under ``enforce`` an alerted image gets no answer, which ``accuracy`` and ``corrected`` count as wrong. ``attacks``
+    were crafted on the bare classifier, ``searches`` on the gateway; ``waits`` counts how often that had no room.
     """
 
     model: str
@@ -103,14 +182,24 @@ class Report:
     mode: Mode
     clean: CleanRow
     attacks: tuple[AttackRow, ...]
+    searches: tuple[GatewayRow, ...]
+    waits: int
 
     @classmethod
-    def of(cls, model: str, served: Served, measured: Sequence[Measured]) -> Self:
-        """Count what was measured: clean images first, then each attack's."""
+    def of(
+        cls,
+        model: str,
+        served: Served,
+        measured: Sequence[Measured],
+        found: Sequence[HttpExamples] = (),
+        waits: int = 0,
+    ) -> Self:
+        """Count what was measured: clean images first, then each attack's; and what was ``found`` by answers."""
         first = measured[0]
         clean = CleanRow.count(undefended_right=first.undefended_right, right=first.right, alerted=first.alerted)
         attacks = tuple(AttackRow.of(each, each.examples) for each in measured if each.examples is not None)
-        return cls(model, served.version, served.mode, clean, attacks)
+        searches = tuple(GatewayRow.of(each) for each in found)
+        return cls(model, served.version, served.mode, clean, attacks, searches, waits)
 
     def as_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -160,6 +249,32 @@ def measure(
         told = client.classify(model, crafted.numpy())
         measured.append(_measured(each.name, classifier, crafted, examples.y[kept], told, examples))
     return measured
+
+
+def seeing_labels_alone(attacks: Sequence[str]) -> tuple[Attack, ...]:
+    """Return attacks by their names; raises ``AttackUnknown``, and ``AttackSeesTooMuch`` for one that needs more."""
+    known = tuple(attack(text) for text in attacks)
+    for each in known:
+        if each.facts.sees not in BLIND:
+            raise AttackSeesTooMuch(each)
+    return known
+
+
+def search(
+    client: Client, model: str, classes: int, test: Split, plan: EvaluationPlan, *, progress: Progress
+) -> list[HttpExamples]:
+    """Attack a gateway by its answers alone, on test images in a seeded random order.
+
+    The attacks of the plan are told one of ``classes`` labels, or of an alert. Raises what ``attack_through`` raises,
+    and ``AttackUnknown`` and ``AttackSeesTooMuch`` before anything is sent.
+    """
+    known = seeing_labels_alone(plan.attacks)
+    given = in_seeded_order(test, plan.seed)
+    victim = HttpVictim(client, model, classes)
+    return [
+        attack_through(each, victim, *given, limit=plan.images_for(each), seed=plan.seed, progress=progress)
+        for each in known
+    ]
 
 
 def in_seeded_order(test: Split, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -46,15 +46,36 @@ class Declaration:
     tap: str | None = None
     head: str | None = None
 
+    def input_of(self, shape: tuple[int, int, int]) -> InputSpec:
+        """Return what one image of that shape (C, H, W) is to the classifier."""
+        mode: Literal["L", "RGB"] = "L" if shape[0] == 1 else "RGB"
+        return InputSpec(shape=shape, normalisation=self.normalisation, mode=mode, resize=self.resize)
+
+
+@dataclass(frozen=True)
+class Registrable:
+    """A classifier that can be published: its canonical graph, and what is on record of it."""
+
+    graph: onnx.ModelProto
+    draft: Draft
+
 
 def register(
     store: Store, name: str, source: nn.Module | onnx.ModelProto, declared: Declaration, *, command: str = ""
 ) -> Manifest:
     """Publish a classifier as the next version of ``name``; the first version becomes the serving one.
 
-    A module is exported and its code is not needed again. The interpreted form of the graph is checked against ONNX
-    Runtime before anything is published. Raises ``GraphUnsuitable``, ``OperatorUnsupported``, ``ParityBroken``,
-    ``LayerNotFound`` for a layer that is named, ``LabelsWrong``, and the store's errors.
+    A module is exported and its code is not needed again. Nothing is published of what ``registrable`` refuses. Raises
+    what that raises, and the store's errors.
+    """
+    return publish_classifier(store, name, registrable(source, declared, command=command))
+
+
+def registrable(source: nn.Module | onnx.ModelProto, declared: Declaration, *, command: str = "") -> Registrable:
+    """Return a classifier as it can be published, its interpreted form checked against ONNX Runtime.
+
+    Raises ``GraphUnsuitable``, ``OperatorUnsupported``, ``ParityBroken``, ``LayerNotFound`` for a layer that is named,
+    and ``LabelsWrong``.
     """
     if isinstance(source, nn.Module):
         if declared.shape is None:
@@ -75,24 +96,29 @@ def register(
         raise LabelsWrong(labels, classifier.classes)
     draft = Draft(
         kind="classifier",
-        input=InputSpec(
-            shape=classifier.image_shape,
-            normalisation=normalisation,
-            mode="L" if classifier.image_shape[0] == 1 else "RGB",
-            resize=declared.resize,
-        ),
+        input=declared.input_of(classifier.image_shape),
         labels=labels,
         layers=_layers(classifier, declared),
         metrics={"parity": parity.max_abs_difference},
         libraries=library_versions(),
         command=command,
     )
+    return Registrable(graph, draft)
+
+
+def publish_classifier(store: Store, name: str, classifier: Registrable) -> Manifest:
+    """Publish a classifier as the next version of ``name`` and serve the first; raises the store's errors."""
     with tempfile.TemporaryDirectory(prefix="portcullis-register-") as folder:
-        save_graph(graph, Path(folder) / GRAPH)
-        manifest = store.publish(name, draft, Path(folder))
-    if SERVING not in store.aliases(name):
-        store.set_alias(name, SERVING, manifest.version)
+        save_graph(classifier.graph, Path(folder) / GRAPH)
+        manifest = store.publish(name, classifier.draft, Path(folder))
+    serve_first(store, manifest)
     return manifest
+
+
+def serve_first(store: Store, manifest: Manifest) -> None:
+    """Serve a version of a name of which none is served yet; raises the store's errors."""
+    if SERVING not in store.aliases(manifest.name):
+        store.set_alias(manifest.name, SERVING, manifest.version)
 
 
 def _layers(classifier: Classifier, declared: Declaration) -> dict[str, str]:

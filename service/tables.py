@@ -25,7 +25,12 @@ MOVED = (
 
 
 def report_table(report: Report) -> Table:
-    """Return a report as a table: the share of right answers, bare and protected, of alerts and of resisted images."""
+    """Return a report as a table: the share of right answers, bare and protected, of alerts and of resisted images.
+
+    Where attacks saw the gateway's answers alone it tells of their successes and queries in place of what was resisted.
+    """
+    if report.searches:
+        return _searched_table(report)
     table = Table(
         title=f"{report.model}, version {report.version}, mode {report.mode}, through HTTP",
         caption="\n".join(
@@ -54,6 +59,31 @@ def report_table(report: Report) -> Table:
             _percent(row.corrected),
             _percent(row.alerted),
             _percent(row.resisted),
+            _decimal(row.distortion_l2, 2),
+        )
+    return table
+
+
+def _searched_table(report: Report) -> Table:
+    clean = report.clean
+    table = Table(
+        title=f"{report.model}, version {report.version}, mode {report.mode}, attacked by its answers alone",
+        caption=f"{clean.images} clean images: {_percent(clean.accuracy)} answered rightly, "
+        f"{_percent(clean.false_positive_rate)} alerted. A success is answered wrongly and not alerted."
+        + (f" The gateway had no room {report.waits} times, and was asked again." if report.waits else ""),
+    )
+    table.add_column("attack")
+    for heading in ("attacked", "successes", "", "95 %", "queries", "at most", "L2"):
+        table.add_column(heading, justify="right")
+    for row in report.searches:
+        table.add_row(
+            row.attack,
+            str(row.attempted),
+            str(row.successes),
+            _percent(row.success_rate),
+            _range(row.success_interval),
+            f"{row.queries_mean:.1f}",
+            str(row.queries_max),
             _decimal(row.distortion_l2, 2),
         )
     return table

@@ -43,13 +43,16 @@ def jsma(model: nn.Module, x: Tensor, y: Tensor, *, theta: float, gamma: float) 
         return torch.where(fools(model, x_adv, y).reshape(-1, 1, 1, 1), x_adv, x)
 
 
-def universal(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, max_iter: int, delta: float) -> Tensor:
+def universal(
+    model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, max_iter: int, delta: float, overshoot: float
+) -> Tensor:
     """Return x plus one perturbation, the same for all, in an L-infinity ball (Moosavi-Dezfooli et al. 2017).
 
     ``x`` is (N, C, H, W) in [0, 1], ``y`` (N,) int64. It is found on these very N images, so that another batch
     has another. Up to ``max_iter`` times it goes through them, in random order, and adds what DeepFool
     finds for one that is still recognised; it ends once a share of 1 - ``delta`` is misclassified. DeepFool has the
-    authors' 10 steps and overshoot of 0.02.
+    authors' 10 steps, and goes the share ``overshoot`` further than it must: with their 0.02 the images found first lie
+    so near the boundary that what is added for the next ones brings them back.
     """
     with _estimated(model, x) as estimator:
         from art.attacks.evasion import UniversalPerturbation
@@ -57,7 +60,7 @@ def universal(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, max_ite
         attack = UniversalPerturbation(
             estimator,
             attacker="deepfool",
-            attacker_params={"max_iter": 10, "epsilon": 0.02, "verbose": False},
+            attacker_params={"max_iter": 10, "epsilon": overshoot, "verbose": False},
             delta=delta,
             max_iter=max_iter,
             eps=epsilon,
@@ -140,7 +143,8 @@ def _uap(parameters: Mapping[str, float]) -> Run:
         raise ParameterUnsuitable("epsilon", epsilon, "above 0")
     if delta >= 1:
         raise ParameterUnsuitable("delta", delta, "below 1")
-    return lambda model, x, y: universal(model, x, y, epsilon=epsilon, max_iter=max_iter, delta=delta)
+    options = {"epsilon": epsilon, "delta": delta, "overshoot": parameters["overshoot"]}
+    return lambda model, x, y: universal(model, x, y, max_iter=max_iter, **options)
 
 
 def _one_pixel(parameters: Mapping[str, float]) -> Run:
@@ -154,7 +158,7 @@ FROM_ART: Mapping[str, Entry] = MappingProxyType(
             {"theta": 1.0, "gamma": 1.0}, _jsma, Facts("l0", "gradients", 4611, "Papernot et al. 2016", targeted=True)
         ),
         "uap": Entry(
-            {"epsilon": 10 / 255, "max_iter": 5, "delta": 0.2},
+            {"epsilon": 10 / 255, "max_iter": 5, "delta": 0.2, "overshoot": 1.0},
             _uap,
             Facts("linf", "gradients", 676, "Moosavi-Dezfooli et al. 2017"),
         ),

@@ -10,6 +10,7 @@ from torch import Tensor
 from defenses.baselines.magnet import Reformer
 from defenses.noise import gaussian_like
 from defenses.pixels import to_float
+from defenses.seeds import derived_seed
 from defenses.stages import Kept, Stages
 
 LEARNING_RATE = 1e-3
@@ -43,7 +44,7 @@ def train_reformer(
         done, loss, before = kept.values["epochs"], kept.values["loss"], kept.values["seconds"]
     start = time.perf_counter()
     for epoch in range(done, epochs):
-        torch.manual_seed((seed << 32) + epoch)
+        torch.manual_seed(derived_seed(seed, epoch))
         loss = _epoch(reformer, optimizer, images, sigma, batch_size, device)
         progress(epoch + 1, epochs)
         values = {"epochs": epoch + 1, "loss": loss, "seconds": before + time.perf_counter() - start}

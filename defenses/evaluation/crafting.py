@@ -1,17 +1,31 @@
 """What an evaluation has to craft, before anything is measured."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from defenses.attacks import Attack, attack
-from defenses.attacks.shards import SHARD, Crafting
+from defenses.attacks.shards import SHARD, Crafting, code_version
+from defenses.attacks.transfer import transferred
 from defenses.attacks.victim import Victim
 from defenses.classifier import Classifier
-from defenses.evaluation.plan import EvaluationPlan, Scenario, distinct, suits
+from defenses.evaluation import Progress
+from defenses.evaluation.plan import EFFORT, SAMPLES, EvaluationPlan, Scenario, distinct, doubled, suits
+from defenses.evaluation.rows import SubstituteResult
+from defenses.nip.substitute import distil
+from defenses.nip.substitute_training import TRAINING
+from defenses.precision import full_precision
 from defenses.protected import ProtectedClassifier
+from defenses.seeds import derived_seed
+from defenses.stages import Stages
 
 CHECKED = 50
 """Images that the sanity checks of an attack take."""
@@ -19,10 +33,7 @@ CHECKED = 50
 ANOTHER_IMAGE = "other-image"
 """The attack without any bound, which must succeed."""
 
-SAMPLES = "samples"
-
-EFFORT = ("steps", "searches", "restarts", SAMPLES)
-"""The parameters of an attack that say how long it tries."""
+_WAIT_SECONDS = 0.5
 
 RESULT, UNDEFENDED, REPEATED, NOISES = "result", "undefended", "repeated", "noises"
 """What a crafting is for: a row, an attack without a defense, that once more, or more noises for each gradient."""
@@ -54,6 +65,100 @@ class Work:
     defense: str | None
 
 
+class QueryImages(NamedTuple):
+    """What an attacker asks a defense about, and what agreement is measured on: uint8 (N, C, H, W), none attacked."""
+
+    training: Tensor
+    held_out: Tensor
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """A substitute of a defense, on the device of the attacks; ``key`` names it for good."""
+
+    key: str
+    classifier: Classifier
+    result: SubstituteResult
+
+
+@dataclass(frozen=True)
+class Substitutes:
+    """Train substitutes of defenses on the labels that they answer with, each in a folder that processes may share.
+
+    What is finished of one is kept there, so that a run that was killed goes on; whoever trains it holds its lock,
+    which ends with the process.
+    """
+
+    folder: Path
+    plan: EvaluationPlan
+    images: QueryImages
+    device: torch.device
+    progress: Progress
+
+    def train(self, defenses: tuple[Defense, ...], deadline: float) -> dict[str, StandIn]:
+        """Return the substitutes by the defense's name, of those that are kept or begun before ``deadline``.
+
+        That is one in ``time.monotonic()``. Raises what ``distil`` raises.
+        """
+        made: dict[str, StandIn] = {}
+        waiting = list(defenses)
+        while waiting:
+            busy = []
+            for defense in waiting:
+                folder = self._folder(defense)
+                with _claimed(folder) as mine:
+                    in_time = time.monotonic() < deadline
+                    if mine and (in_time or Stages(folder).load(TRAINING) is not None):
+                        made[defense.name] = self._distilled(defense, folder)
+                    elif in_time:
+                        busy.append(defense)
+            waiting = busy
+            if waiting:
+                time.sleep(_WAIT_SECONDS)
+        return made
+
+    def _distilled(self, defense: Defense, folder: Path) -> StandIn:
+        protected = defense.protected
+        found = distil(
+            self._labels_of(protected),
+            protected.classifier.image_shape,
+            protected.classifier.classes,
+            *self.images,
+            self.plan.substitute,
+            stages=Stages(folder),
+            device=self.device,
+            progress=self.progress,
+        )
+        told = SubstituteResult(found.training_queries, found.held_out_queries, found.agreement, found.commonest_share)
+        return StandIn(folder.name, found.classifier.to(self.device), told)
+
+    def _labels_of(self, protected: ProtectedClassifier) -> Callable[[Tensor], Tensor]:
+        """Return what answers images on the CPU with the labels that one submission of each is told, alerted or not."""
+        scale = torch.tensor(float(self.plan.noise), device=self.device)
+        cuda = [self.device] if self.device.type == "cuda" else []
+
+        def answer(x: Tensor) -> Tensor:
+            # Noise that depends on the images alone: who takes the work up again is told the same.
+            drawn = int.from_bytes(hashlib.sha256(x.contiguous().numpy().tobytes()).digest()[:4], "little")
+            with torch.random.fork_rng(devices=cuda), full_precision():
+                torch.manual_seed(derived_seed(self.plan.seed, drawn))
+                labels: Tensor = protected(x.to(self.device), scale).logits.argmax(1)
+            return labels
+
+        return answer
+
+    def _folder(self, defense: Defense) -> Path:
+        """Return where all is kept that depends on the defense, its switches, the plan, the images and this code."""
+        facts = {
+            "victim": f"{defense.digest}, {self.plan.switches}",
+            "substitute": asdict(self.plan.substitute),
+            "images": [hashlib.sha256(each.contiguous().numpy().tobytes()).hexdigest() for each in self.images],
+            "code": code_version(),
+        }
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return self.folder / key[:2] / key
+
+
 class Workshop:
     """Plan the craftings of an evaluation, on images that the bare classifier gets right.
 
@@ -79,9 +184,21 @@ class Workshop:
         swept = [each for sweep in self.sweeps for each in sweep.attacks]
         self.crafted = distinct([*attacks, *swept])
 
-    def works(self) -> dict[Work, Crafting]:
-        """Return all that has to be crafted; what comes twice is crafted once, since it is kept by its content."""
+    @property
+    def wants_substitutes(self) -> bool:
+        """Whether anything is crafted on substitutes of the defenses."""
+        return "transfer" in self.plan.scenarios and any(suits(each, "transfer") for each in self.crafted)
+
+    def works(self, substitutes: Mapping[str, StandIn]) -> dict[Work, Crafting]:
+        """Return all that has to be crafted; what comes twice is crafted once, since it is kept by its content.
+
+        ``substitutes`` are those of the defenses by name; where one lacks, so does what is crafted on it.
+        """
         works = dict(self._measured())
+        for name, substitute in substitutes.items():
+            for each in self.crafted:
+                if suits(each, "transfer"):
+                    works[Work(RESULT, "transfer", each.name, name)] = self._on_substitute(each, substitute)
         if self.plan.checks:
             works |= self._checked()
         return works
@@ -113,8 +230,8 @@ class Workshop:
         """Yield an attack on a defense with each of what says how long it tries doubled, in turn."""
         for parameter in EFFORT:
             if parameter in each.parameters:
-                longer = attack(_doubled(each, parameter))
-                yield Work(parameter, "B", each.name, defense.name), self._on_defense(longer, defense, CHECKED)
+                longer = self._on_defense(doubled(each, parameter), defense, CHECKED)
+                yield Work(parameter, "B", each.name, defense.name), longer
         if defense.noisy and SAMPLES not in each.parameters:
             more = self._on_defense(each, defense, CHECKED, 2 * self.plan.samples)
             yield Work(NOISES, "B", each.name, defense.name), more
@@ -133,26 +250,39 @@ class Workshop:
     def _on_defense(self, each: Attack, defense: Defense, count: int, samples: int | None = None) -> Crafting:
         # An attack that samples the noise itself is given one at a time.
         asked = (samples or self.plan.samples) if defense.noisy and SAMPLES not in each.parameters else 1
-        switches = f"noise {self.plan.noise}, confusion {self.plan.confusion}"
         return self._crafting(
             each,
             Victim(defense.protected, asked, noise_scale=float(self.plan.noise)),
-            f"{defense.digest}, {asked} samples, {switches}",
+            f"{defense.digest}, {asked} samples, {self.plan.switches}",
             count,
         )
+
+    def _on_substitute(self, each: Attack, substitute: StandIn) -> Crafting:
+        # The attack keeps its name, under which it is set beside the same in the other scenarios.
+        blind = replace(transferred(each, substitute.classifier), name=each.name)
+        count = self.plan.images_for(each)
+        return self._crafting(blind, substitute.classifier, f"substitute {substitute.key}", count)
 
     def _crafting(self, each: Attack, model: nn.Module, victim: str, count: int) -> Crafting:
         return Crafting(each, model, victim, self.x[:count], self.y[:count], self.plan.seed)
 
 
-def _doubled(each: Attack, parameter: str) -> str:
-    """Return the name of an attack with one parameter twice as large."""
-    parameters = {**each.parameters, parameter: 2 * each.parameters[parameter]}
-    return f"{each.family}:{','.join(f'{name}={_text(value)}' for name, value in parameters.items())}"
+@contextmanager
+def _claimed(folder: Path) -> Iterator[bool]:
+    """Yield whether a folder is this process's to write into; it is not while another holds it."""
+    from filelock import FileLock, Timeout
 
-
-def _text(value: float) -> str:
-    return repr(int(value) if isinstance(value, int) else value)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def first_right(classifier: nn.Module, images: Tensor, targets: Tensor, limit: int, device: torch.device) -> Tensor:

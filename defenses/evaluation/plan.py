@@ -5,12 +5,24 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from defenses.attacks import Attack, attack
+from defenses.nip.substitute_training import SubstitutePlan
 
-Scenario = Literal["A", "B"]
-"""A: the attacker knows the classifier and not the defense. B: all of it, noise excepted (CoopHANCE, section 2.3)."""
+Scenario = Literal["A", "B", "transfer"]
+"""What the attacker knows, the noise excepted. A: the classifier alone. B: the defense too (CoopHANCE, section 2.3).
+
+transfer: the labels that the defense answers with, and nothing else; a substitute learns them (Papernot et al. 2017).
+"""
 
 DEAR = 300
 """An attack that asks a model about one image more often than this is a dear one."""
+
+SAMPLES = "samples"
+
+EFFORT = ("steps", "searches", "restarts", SAMPLES)
+"""The parameters of an attack that say how long it tries."""
+
+SUBSTITUTE_EPOCHS = 12
+"""How often a substitute in training sees every image that was asked about."""
 
 
 class SweepUnclear(ValueError):
@@ -58,7 +70,8 @@ class EvaluationPlan:
     The test images are taken in an order drawn from ``seed``; of those that the bare classifier gets right the first
     ``limit`` are attempted by each attack, and the first ``dear_limit`` by one that asks a model more than 300 times
     about an image. ``attacks`` and ``sweeps`` are run in each of ``scenarios`` that they are made for. In scenario B a
-    noisy defense is asked ``samples`` times for each gradient. Every rate is measured under ``noise_seeds`` noises, and
+    noisy defense is asked ``samples`` times for each gradient; in scenario transfer a substitute is trained on what the
+    defense answers to ``queries`` images at most. Every rate is measured under ``noise_seeds`` noises, and
     what is a lottery with ``lottery`` images: each is submitted 16 times clean and 100 times attacked. ``noise`` and
     ``confusion`` switch the defenses' noise and confusion layers, as they were published when None. ``checks`` adds the
     work that the sanity checks of an attack on a defense take.
@@ -71,6 +84,7 @@ class EvaluationPlan:
     dear_limit: int = 200
     seed: int = 0
     samples: int = 8
+    queries: int = 5000
     noise_seeds: int = 3
     lottery: int = 100
     noise: bool = True
@@ -81,6 +95,16 @@ class EvaluationPlan:
         """Return how many images an attack attempts."""
         return min(self.limit, self.dear_limit) if each.facts.passes > DEAR else self.limit
 
+    @property
+    def substitute(self) -> SubstitutePlan:
+        """How a substitute of a defense is trained; raises ``ValueError`` for fewer than 2 queries."""
+        return SubstitutePlan(queries=self.queries, epochs=SUBSTITUTE_EPOCHS, seed=self.seed)
+
+    @property
+    def switches(self) -> str:
+        """What is switched on in the defenses, for the names that examples are kept under."""
+        return f"noise {self.noise}, confusion {self.confusion}"
+
     def parsed(self) -> tuple[tuple[Attack, ...], tuple[Sweep, ...]]:
         """Return the attacks and the sweeps; raises ``AttackUnknown`` and ``SweepUnclear``."""
         return tuple(attack(text) for text in self.attacks), tuple(Sweep.parse(text) for text in self.sweeps)
@@ -88,17 +112,32 @@ class EvaluationPlan:
 
 def known_scenarios(names: Sequence[str]) -> tuple[Scenario, ...]:
     """Return scenarios by their names, each once; raises ``ValueError`` for one that there is not."""
-    unknown = [name for name in names if name not in get_args(Scenario)]
-    if unknown:
-        raise ValueError(f"Expected the scenarios {' and '.join(get_args(Scenario))}, got {', '.join(unknown)}.")
-    return tuple(each for each in get_args(Scenario) if each in names)
+    known = get_args(Scenario)
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"Expected the scenarios {', '.join(known[:-1])} and {known[-1]}, got {', '.join(unknown)}.")
+    return tuple(each for each in known if each in names)
 
 
 def suits(each: Attack, scenario: Scenario) -> bool:
-    """Say whether an attack is made for the model that it is run on in a scenario."""
+    """Say whether an attack is made for the model that it is run on in a scenario.
+
+    A substitute is a classifier that is no defense's own, and worth its queries to an attack by its gradients alone.
+    """
+    if scenario == "transfer":
+        return each.facts.on == "any" and each.facts.white_box
     return each.facts.on in ("any", "classifier" if scenario == "A" else "defense")
 
 
 def distinct(attacks: Sequence[Attack]) -> tuple[Attack, ...]:
     """Return the attacks without those that come a second time."""
     return tuple({each.name: each for each in attacks}.values())
+
+
+def doubled(each: Attack, parameter: str) -> Attack:
+    """Return an attack with one of its parameters twice as large."""
+    parameters = {**each.parameters, parameter: 2 * each.parameters[parameter]}
+    return attack(f"{each.family}:{','.join(f'{name}={_text(value)}' for name, value in parameters.items())}")
+
+
+def _text(value: float) -> str:
+    return repr(int(value) if isinstance(value, int) else value)

@@ -48,16 +48,31 @@ class CleanResult:
 
 
 @dataclass(frozen=True)
+class SubstituteResult:
+    """What a substitute of a defense cost and how well it stands in.
+
+    The defense answered ``queries`` images that it was trained on, and ``held_out`` others to measure it by: of those
+    the share ``agreement`` gets the defense's label, and ``commonest_share`` is what one constant answer would have.
+    """
+
+    queries: int
+    held_out: int
+    agreement: float
+    commonest_share: float
+
+
+@dataclass(frozen=True)
 class AttackResult:
     """What a defense does to one attack's examples in one form.
 
     In scenario A all rates are over the ``fooling`` of the ``attempted`` images, those that fool the bare classifier in
-    that form; in scenario B over all attempts, and ``fooling`` counts those whose answer is then wrong, under the first
+    that form; in the others over all attempts, and ``fooling`` counts those whose answer is then wrong, under the first
     noise. ``distortion_l2`` and ``distortion_linf`` are mean distances over the same images, for values in [0, 1].
     ``corrected``, ``alerted`` and ``resisted`` are those of an ``ExampleRow``. ``resisted_of_attempts`` counts attempts
     that do not fool as resisted, and ``resisted_of_fooling`` none of them. ``success_within`` is the share of those
     images, up to as many as a lottery takes, that are once answered wrongly and not alerted within so many submissions.
-    ``seconds_per_image`` is what crafting took. ``untrusted`` names the sanity checks that the row fails.
+    ``seconds_per_image`` is what crafting took. ``untrusted`` names the sanity checks that the row fails, and
+    ``substitute`` tells of the one that the examples were crafted on, in scenario transfer.
     """
 
     defense: str
@@ -83,6 +98,7 @@ class AttackResult:
     success_within: dict[str, float] | None
     seconds_per_image: float
     untrusted: tuple[str, ...] = ()
+    substitute: SubstituteResult | None = None
 
     @classmethod
     def over(
@@ -94,6 +110,7 @@ class AttackResult:
         attack: Attack,
         success_within: dict[int, float] | None,
         seconds_per_image: float,
+        substitute: SubstituteResult | None = None,
     ) -> Self:
         """Gather what was measured under each noise, of the same examples."""
         first = rows[0]
@@ -126,6 +143,7 @@ class AttackResult:
             curve=first.curve,
             success_within=None if success_within is None else {str(n): share for n, share in success_within.items()},
             seconds_per_image=seconds_per_image,
+            substitute=substitute,
         )
 
 

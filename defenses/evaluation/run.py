@@ -19,6 +19,9 @@ from defenses.evaluation.crafting import (
     RESULT,
     UNDEFENDED,
     Defense,
+    QueryImages,
+    StandIn,
+    Substitutes,
     Work,
     Workshop,
     first_right,
@@ -26,7 +29,7 @@ from defenses.evaluation.crafting import (
 from defenses.evaluation.lottery import Draws, Lottery
 from defenses.evaluation.measurement import Measurement
 from defenses.evaluation.plan import EvaluationPlan, Sweep
-from defenses.evaluation.rows import AttackResult, Check, CleanResult, SweepResult
+from defenses.evaluation.rows import AttackResult, Check, CleanResult, SubstituteResult, SweepResult
 from defenses.pixels import to_8_bits, to_float
 from defenses.protected import ProtectedClassifier
 
@@ -97,10 +100,12 @@ class Evaluation:
         images: Tensor,
         targets: Tensor,
         device: torch.device,
+        query_images: QueryImages | None = None,
     ) -> None:
         """Take images uint8 (N, C, H, W) and classes (N,), in the order in which they are attempted.
 
-        Raises ``AttackUnknown`` and ``SweepUnclear``, and ``ValueError`` where the classifier gets none right.
+        ``query_images`` are what substitutes learn from in scenario transfer. Raises ``AttackUnknown`` and
+        ``SweepUnclear``, and ``ValueError`` where the classifier gets none right or a substitute has no images.
         """
         plan.parsed()
         self.classifier, self.plan, self.device = classifier, plan, device
@@ -116,13 +121,17 @@ class Evaluation:
             for name, own, protected in defenses
         )
         self.workshop = Workshop(classifier, digest, undefended, self.defenses, plan, images[rows], targets[rows])
+        self.query_images = query_images
+        if self.workshop.wants_substitutes and query_images is None:
+            raise ValueError("Expected images that substitutes can ask the defenses about in transfer, got none.")
 
     def run(self, kept: ExampleCache, *, deadline: float = float("inf"), progress: Progress) -> EvaluationResult:
         """Craft what is not kept, until ``deadline`` in ``time.monotonic()``, and measure what there is.
 
-        Raises what the attacks raise, and ``StageNotKept``.
+        Raises what the attacks and ``distil`` raise, and ``StageNotKept``.
         """
-        works = self.workshop.works()
+        substitutes = self._substitutes(kept, deadline, progress)
+        works = self.workshop.works(substitutes)
         made = craft_shards(list(works.values()), kept, device=self.device, deadline=deadline, progress=progress)
         crafted = dict(zip(works, made, strict=True))
         results, rows, samples = [], [], []
@@ -132,15 +141,24 @@ class Evaluation:
             results.append(meter.defense_result())
             for work, examples in crafted.items():
                 if work.purpose == RESULT and work.defense in (None, defense.name) and len(examples.rows):
-                    found, shown = meter.attacked(work, works[work], examples)
+                    asked = substitutes[defense.name].result if work.scenario == "transfer" else None
+                    found, shown = meter.attacked(work, works[work], examples, asked)
                     rows += found
                     samples += shown
         progress("measured", len(self.defenses), len(self.defenses))
         sweeps = tuple(self._sweeps(rows))
         checks = tuple(self._checks(works, crafted, rows, sweeps)) if self.plan.checks else ()
         complete = all(len(crafted[work].rows) == len(crafting.targets) for work, crafting in works.items())
+        complete &= not self.workshop.wants_substitutes or len(substitutes) == len(self.defenses)
         judged = tuple(replace(row, untrusted=sanity.untrusted_by(checks, row)) for row in rows)
         return EvaluationResult(tuple(results), judged, sweeps, checks, tuple(samples), len(self.rows), complete)
+
+    def _substitutes(self, kept: ExampleCache, deadline: float, progress: Progress) -> dict[str, StandIn]:
+        if self.query_images is None or not self.workshop.wants_substitutes:
+            return {}
+        return Substitutes(kept.folder, self.plan, self.query_images, self.device, progress).train(
+            self.defenses, deadline
+        )
 
     def _sweeps(self, rows: Sequence[AttackResult]) -> Iterator[SweepResult]:
         by_place = {(row.defense, row.scenario, row.attack): row for row in rows if row.form == "as crafted"}
@@ -173,6 +191,7 @@ class Evaluation:
         )
         yield from self._efforts(works, crafted)
         yield from sanity.white_box_is_best(rows)
+        yield from sanity.transfer_is_weaker(rows)
         yield from sanity.budget_breaks_all(sweeps)
 
     def _efforts(self, works: Mapping[Work, Crafting], crafted: Mapping[Work, Crafted]) -> Iterator[Check]:
@@ -223,7 +242,9 @@ class _Meter:
             bare,
         )
 
-    def attacked(self, work: Work, crafting: Crafting, crafted: Crafted) -> tuple[list[AttackResult], list[Sample]]:
+    def attacked(
+        self, work: Work, crafting: Crafting, crafted: Crafted, substitute: SubstituteResult | None
+    ) -> tuple[list[AttackResult], list[Sample]]:
         """Return a row for each form of an attack's examples, and a few of them."""
         examples = self._examples(work, crafting, crafted)
         forms = zip(
@@ -241,6 +262,7 @@ class _Meter:
                 attack=crafting.attack,
                 success_within=self._success_within(examples, under_each_noise[0].form),
                 seconds_per_image=crafted.seconds / len(crafted.rows),
+                substitute=substitute,
             )
             for under_each_noise in forms
         ]
@@ -255,7 +277,7 @@ class _Meter:
         return float(((answers.logits.argmax(1) != y) & ~answers.alerts).float().mean())
 
     def _examples(self, work: Work, crafting: Crafting, crafted: Crafted) -> AdversarialExamples:
-        """Return what was crafted with what counts: what fools the bare classifier in A, and all attempts in B."""
+        """Return what was crafted with what counts: what fools the bare classifier in A, all attempts otherwise."""
         x, y, x_adv = crafting.images[crafted.rows], crafting.targets[crafted.rows], crafted.x_adv
         everything = torch.ones(len(y), dtype=torch.bool)
         fooled, fooled_rounded = everything, everything

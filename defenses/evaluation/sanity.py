@@ -102,6 +102,27 @@ def white_box_is_best(rows: Sequence[AttackResult]) -> Iterator[Check]:
         )
 
 
+def transfer_is_weaker(rows: Sequence[AttackResult]) -> Iterator[Check]:
+    """Check that an attack that sees all of a defense wins as much as the same on a substitute, else it is misled.
+
+    Gradients that say less than a substitute's are masked (Athalye et al. 2018, section 3.1).
+    """
+    placed = {(row.defense, row.attack, row.scenario): row for row in rows if row.form == "as crafted"}
+    for (defense, attack, scenario), row in placed.items():
+        transferred = placed.get((defense, attack, "transfer"))
+        if scenario != "B" or transferred is None:
+            continue
+        yield Check(
+            "transfer wins no more than the white box",
+            won(transferred) <= won(row) + SLACK,
+            f"{attack} wins {_percent(won(row))} on {defense}, and {_percent(won(transferred))} where it is crafted on "
+            f"a substitute; at most {_percent(SLACK)} more are expected.",
+            defense,
+            "B",
+            (attack,),
+        )
+
+
 def budget_breaks_all(sweeps: Iterable[SweepResult]) -> Iterator[Check]:
     """Check that robust accuracy falls with the budget, and to nothing in the end."""
     for sweep in sweeps:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from service.cli.common import JsonOption, StoreOption, failures_told, settings_with
+from service.cli.fit_adversarial import adversarial
 from service.cli.fit_baseline import baseline
 from service.cli.fit_coophance import coophance
 from service.cli.fit_nip import nip
@@ -23,6 +24,7 @@ def fit() -> None:
 app.command()(coophance)
 app.command()(nip)
 app.command()(baseline)
+app.command()(adversarial)
 
 
 @app.command("list")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from defenses.evaluation import Progress
     from defenses.evaluation.plan import EvaluationPlan
     from service.datasets import Dataset
+    from service.evaluate import CraftedOn
     from service.hardware import DeviceName
 
 Measured = tuple[dict[str, Any], RenderableType]
@@ -148,11 +149,10 @@ def studies(asked: Asked, names: list[str], plan: "EvaluationPlan", plots: Path 
     return values, study_tables(report)
 
 
-def through_http(asked: Asked, url: str, plan: "EvaluationPlan") -> Measured:
-    """Measure a running gateway as its clients see it."""
+def through_http(asked: Asked, url: str, plan: "EvaluationPlan", crafted_on: "CraftedOn") -> Measured:
+    """Measure a running gateway as its clients see it, attacked on the bare classifier or on its own answers."""
     from defenses.classifier import Classifier
-    from service.client import Client
-    from service.evaluate import Report, measure
+    from service.evaluate import PatientClient, Report, measure, search, seeing_labels_alone
     from service.fit import find_classifier
     from service.served import GRAPH
     from service.tables import report_table
@@ -163,7 +163,10 @@ def through_http(asked: Asked, url: str, plan: "EvaluationPlan") -> Measured:
             f"Expected a name without a version, since the gateway at {url} has its own in service, got {name}."
         )
     models = asked.models
-    with closing(Client(url)) as client:
+    searching = crafted_on == "gateway"
+    if searching:
+        seeing_labels_alone(plan.attacks)
+    with closing(PatientClient(url)) as client:
         served = client.served(name)
         if served.mode == "shadow":
             raise ValueError(f"{name} is served in shadow mode, in which clients are told nothing that can be counted.")
@@ -174,10 +177,12 @@ def through_http(asked: Asked, url: str, plan: "EvaluationPlan") -> Measured:
             name,
             Classifier.load(bare.folder / GRAPH).eval(),
             test,
-            attacks=plan.attacks,
+            attacks=() if searching else plan.attacks,
             limit=plan.limit,
             seed=plan.seed,
             progress=asked.progress,
         )
-    report = Report.of(name, served, measured)
+        classes = len(bare.manifest.labels)
+        found = search(client, name, classes, test, plan, progress=asked.progress) if searching else ()
+    report = Report.of(name, served, measured, found, client.waits)
     return report.as_json(), report_table(report)

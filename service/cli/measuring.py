@@ -12,9 +12,13 @@ from service.cli.measured import Asked
 
 if TYPE_CHECKING:
     from defenses.evaluation.plan import EvaluationPlan
+    from service.evaluate import CraftedOn
 
 THROUGH_HTTP = ("fgsm", "pgd-stop")
 """The attacks that a gateway is measured with unless told otherwise; few examples of the others survive rounding."""
+
+BY_ANSWERS = ("auna", "boundary:steps=200")
+"""The attacks that a gateway's answers are searched with unless told otherwise."""
 
 FROM_THE_STORE = ("fgsm", "pgd-stop", "deepfool", "cw")
 """The attacks that a version is measured with unless told otherwise: those of the paper's table 1 that are quick."""
@@ -33,17 +37,26 @@ def evaluate(
     url: Annotated[
         str | None, typer.Option(help="Measure the running gateway there, which serves this store, through HTTP.")
     ] = None,
+    crafted_on: Annotated[
+        Literal["classifier", "gateway"] | None,
+        typer.Option(
+            help="With --url, attack the bare classifier and send what fools it, or the gateway by its answers alone.",
+            show_default="classifier",
+        ),
+    ] = None,
     attack: Annotated[
         list[str] | None,
         typer.Option(
             help="Attack with this; repeat for several.",
-            show_default="fgsm, pgd-stop, deepfool and cw; with --url fgsm and pgd-stop",
+            show_default="fgsm, pgd-stop, deepfool and cw; with --url fgsm and pgd-stop, or auna and "
+            "boundary:steps=200 on the gateway",
         ),
     ] = None,
     scenario: Annotated[
         list[str] | None,
         typer.Option(
-            help="What the attacker knows: A, the classifier alone, or B, the defense too; repeat for both.",
+            help="What the attacker knows: A, the classifier alone, B, the defense too, or transfer, the defense's "
+            "answers and nothing else; repeat for several.",
             show_default="A",
         ),
     ] = None,
@@ -59,6 +72,9 @@ def evaluate(
     samples: Annotated[
         int, typer.Option(help="Noises that an attack on a noisy defense takes a gradient over (scenario B).", min=1)
     ] = 8,
+    queries: Annotated[
+        int, typer.Option(help="Images that a substitute learns the defense's answers to (scenario transfer).", min=2)
+    ] = 5000,
     noise_seeds: Annotated[int, typer.Option(help="Noises that each rate is measured under.", min=1)] = 3,
     lottery: Annotated[
         int, typer.Option(help="Images that are submitted again and again to a noisy defense.", min=0)
@@ -98,8 +114,9 @@ def evaluate(
 ) -> None:
     """Attack defenses and count what they resist: published versions, or with --url a running gateway.
 
-    The attacks are crafted on the bare classifier (scenario A), or on all of the defense (scenario B), from the test
-    split of the data that the defenses were fitted on; --seed orders the images. What is crafted is kept, so that the
+    The attacks are crafted on the bare classifier (scenario A), on all of the defense (scenario B), or on a substitute
+    that has learnt the defense's answers to images of the fit split (scenario transfer), from the test split of the
+    data that the defenses were fitted on; --seed orders the images. What is crafted is kept, so that the
     same command goes on where it was stopped, and several may share the work. A study looks into a NIP defense in place
     of measuring it: at the influence of its neurons, their consistency (tknc), and at pools that are made for the
     moment with other numbers of neurons (k), of other layers, of fewer candidates (eta), or with the perturbation added
@@ -112,7 +129,8 @@ def evaluate(
         for file in (output, report):
             if file and not file.absolute().parent.is_dir():
                 raise FileNotFoundError(f"There is no folder {file.absolute().parent} to write {file.name} into.")
-        chosen = () if clean else tuple(attack or (THROUGH_HTTP if url else () if sweep else FROM_THE_STORE))
+        unless_told = FROM_THE_STORE if not url else BY_ANSWERS if crafted_on == "gateway" else THROUGH_HTTP
+        chosen = () if clean else tuple(attack or (() if sweep else unless_told))
         plan = EvaluationPlan(
             attacks=chosen,
             scenarios=known_scenarios(scenario or ["A"]),
@@ -121,6 +139,7 @@ def evaluate(
             dear_limit=dear_limit,
             seed=seed,
             samples=samples,
+            queries=queries,
             noise_seeds=noise_seeds,
             lottery=lottery,
             noise=noise,
@@ -128,12 +147,20 @@ def evaluate(
             checks=checks,
         )
         _check_alone(plan, url=url, study=study, plots=plots, controls=controls, clean=clean, report=report)
-        if url and device != "auto":
-            raise ValueError("--device is for a measurement without --url: a gateway has its own.")
+        _check_url(url, crafted_on, clean=clean, device=device)
         with progress_bars(shown=not as_json) as progress:
             asked = Asked(names, data, data_root, store, seed, device, progress)
             values, shown = _measured(
-                asked, plan, url, study or [], plots, controls=controls, cache=cache, minutes=minutes, report=report
+                asked,
+                plan,
+                url,
+                study or [],
+                plots,
+                crafted_on=crafted_on or "classifier",
+                controls=controls,
+                cache=cache,
+                minutes=minutes,
+                report=report,
             )
         text = json.dumps(values, indent=2)
         if output:
@@ -151,6 +178,7 @@ def _measured(
     study: list[str],
     plots: Path | None,
     *,
+    crafted_on: "CraftedOn",
     controls: bool,
     cache: Path | None,
     minutes: float | None,
@@ -160,12 +188,22 @@ def _measured(
     from service.cli import measured
 
     if url:
-        return measured.through_http(asked, url, plan)
+        return measured.through_http(asked, url, plan, crafted_on)
     if study:
         return measured.studies(asked, study, plan, plots)
     if controls:
         return measured.beside_controls(asked, plan)
     return measured.evaluation(asked, plan, cache=cache, minutes=minutes, report=report)
+
+
+def _check_url(url: str | None, crafted_on: str | None, *, clean: bool, device: str) -> None:
+    """Refuse what only a gateway can be asked for, or cannot; raises ``ValueError``."""
+    if url and device != "auto":
+        raise ValueError("--device is for a measurement without --url: a gateway has its own.")
+    if crafted_on and not url:
+        raise ValueError("--crafted-on is for a gateway: name it with --url, or say --scenario for a version.")
+    if crafted_on == "gateway" and clean:
+        raise ValueError("--crafted-on gateway attacks, and --clean leaves attacks out.")
 
 
 def _check_alone(

@@ -51,7 +51,7 @@ class Subject:
         """How the defense was made: coophance, nip, the method of a baseline, or none."""
         manifest = self.manifest
         if manifest.kind == "baseline":
-            return str(manifest.options["method"])
+            return str(manifest.options["plan"]["method"])
         return "none" if manifest.parent is None else manifest.kind
 
 

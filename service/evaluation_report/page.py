@@ -14,6 +14,7 @@ from service.evaluation_report.tables import (
     overviews_of,
     plan_terms,
     result_tables,
+    substitutes_of,
     sweep_tables,
 )
 from service.report_parts.page import NOTHING, page_environment
@@ -38,6 +39,7 @@ def render(evaluated: Evaluated) -> str:
         results=result_tables(report),
         checks=checks_failed_first(report.checks),
         sweeps=sweep_tables(report),
+        substitutes=substitutes_of(report),
         matrix=generalisation_of(report),
         terms=plan_terms(report.plan),
         samples=sample_groups(report, evaluated.samples),

@@ -10,7 +10,7 @@ from service.evaluation_report.tables import by_name
 from service.report_parts.pictures import difference_picture, picture
 
 MOST_STRIPS = 12
-"""Rows of pictures that are shown of one attack in scenario B, where each defense has its own."""
+"""Rows of pictures that are shown of one attack where each defense has its own."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class SampleGroup:
 def sample_groups(report: EvaluationReport, samples: Sequence[Sample]) -> tuple[SampleGroup, ...]:
     """Return the examples by scenario and attack.
 
-    In scenario A all defenses are given the same example, which makes one strip; in scenario B each has its own.
+    In scenario A all defenses are given the same example, which makes one strip; in the others each has its own.
     """
     placed = sorted(samples, key=lambda sample: (sample.scenario, _first_place(samples, sample)))
     return tuple(

@@ -2,13 +2,23 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import get_args
 
 from defenses.attacks import Form
 from defenses.evaluation.lottery import TRIES
 from defenses.evaluation.plan import EvaluationPlan, Scenario
-from defenses.evaluation.rows import AttackResult, Check, SweepResult
+from defenses.evaluation.rows import AttackResult, Check, SubstituteResult, SweepResult
 from service.evaluation.document import DefenseReport, EvaluationReport
+
+CRAFTED: Mapping[Scenario, str] = MappingProxyType(
+    {
+        "A": "crafted on the bare classifier, of the examples that fool it",
+        "B": "crafted on each defense, of all attempts",
+        "transfer": "crafted on a substitute that learned from each defense's labels, of all attempts",
+    }
+)
+"""Where the examples of a scenario are crafted, and which of them rates are over."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,11 @@ class Matrix:
     scenario: Scenario
     attacks: tuple[str, ...]
     rows: tuple[tuple[DefenseReport, tuple[AttackResult | None, ...]], ...]
+
+    @property
+    def crafted(self) -> str:
+        """Where the examples were crafted, and which of them count."""
+        return CRAFTED[self.scenario]
 
 
 @dataclass(frozen=True)
@@ -157,6 +172,12 @@ def _matrix(
         columns,
         tuple((defense, tuple(rows.get((defense.name, attack)) for attack in columns)) for defense in defenses),
     )
+
+
+def substitutes_of(report: EvaluationReport) -> tuple[tuple[DefenseReport, SubstituteResult], ...]:
+    """Return the substitute of each defense that one was trained for."""
+    found = {row.defense: row.substitute for row in report.rows if row.substitute is not None}
+    return tuple((each, found[each.name]) for each in report.defenses if each.name in found)
 
 
 def sweep_tables(report: EvaluationReport) -> tuple[SweepTable, ...]:

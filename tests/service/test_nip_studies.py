@@ -207,7 +207,7 @@ def test_an_attack_that_fools_nothing_leaves_plots_that_say_so(pool_store, tmp_p
         (["digits@2", *chosen("k"), "--clean"], "are for a measurement, and --study asks for another"),
         (["digits@2", *chosen("k"), "--url", "http://127.0.0.1:9"], "are for a measurement, and --study"),
         (["digits@2", *chosen("k"), "--plots", "no/such/folder"], "to make folder in"),
-        (["digits@2", *chosen("k"), "--attack", "bim"], "got 'bim'"),
+        (["digits@2", *chosen("k"), "--attack", "fgms"], "got 'fgms'"),
     ],
 )
 def test_what_cannot_be_studied_is_refused_with_the_reason(pool_store, arguments, told):
