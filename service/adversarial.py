@@ -12,14 +12,10 @@ import torch
 from torch import nn
 
 from defenses.architectures import build, load_state
+from defenses.baselines.adversarial_outcome import AdversarialTraining
 from defenses.baselines.adversarial_plan import AdversarialPlan, check_feasible
 from defenses.baselines.adversarial_step import Normalised
-from defenses.baselines.adversarial_training import (
-    AdversarialTraining,
-    initial_seed,
-    precision_on,
-    train_adversarially,
-)
+from defenses.baselines.adversarial_training import initial_seed, precision_on, train_adversarially
 from defenses.evaluation import Progress
 from defenses.footprint import saved_bytes, weight_bytes
 from model_store import AttackRecord, DataRecord, Draft, Manifest, Store
@@ -168,8 +164,8 @@ def findings(training: AdversarialTraining) -> list[str]:
         best = max(each.robust_accuracy for each in training.epochs[:-1])
         last = training.epochs[-1].robust_accuracy
         told.append(
-            f"In epoch {training.collapsed} of {training.planned} the accuracy under PGD on validation images fell from "
-            f"{100 * best:.1f} % to {100 * last:.1f} %: the classifier has learnt the one-step attack alone. The "
+            f"In epoch {training.collapsed} of {training.planned} the accuracy under PGD on validation images fell "
+            f"from {100 * best:.1f} % to {100 * last:.1f} %: the classifier has learnt the one-step attack alone. The "
             f"weights of epoch {training.kept} are kept; a smaller --alpha or --epsilon may train to the end."
         )
     if training.robust_accuracy == 0:

@@ -4,12 +4,14 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 RECORDED = (
+    "adversarial-robustness-toolbox",
     "foolbox",
     "numpy",
     "onnx",
     "onnxruntime-gpu",
     "onnxruntime",
     "portcullis",
+    "pyautoattack",
     "scikit-learn",
     "scipy",
     "torch",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import onnx
+from pydantic import ValidationError
 from torch import nn
 
 from defenses.classifier import Classifier, LayerNotFound
@@ -25,6 +26,13 @@ class LabelsWrong(ValueError):
 
     def __init__(self, labels: Sequence[str], classes: int) -> None:
         super().__init__(f"The classifier has {classes} classes, so expected {classes} labels, got {len(labels)}.")
+
+
+class InputUnsuitable(ValueError):
+    """No classifier can have the input that is declared."""
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        super().__init__(f"The declared input cannot be: {'; '.join(reasons)}.")
 
 
 @dataclass(frozen=True)
@@ -47,9 +55,12 @@ class Declaration:
     head: str | None = None
 
     def input_of(self, shape: tuple[int, int, int]) -> InputSpec:
-        """Return what one image of that shape (C, H, W) is to the classifier."""
+        """Return what one image of that shape (C, H, W) is to the classifier; raises ``InputUnsuitable``."""
         mode: Literal["L", "RGB"] = "L" if shape[0] == 1 else "RGB"
-        return InputSpec(shape=shape, normalisation=self.normalisation, mode=mode, resize=self.resize)
+        try:
+            return InputSpec(shape=shape, normalisation=self.normalisation, mode=mode, resize=self.resize)
+        except ValidationError as error:
+            raise InputUnsuitable([each["msg"].removeprefix("Value error, ") for each in error.errors()]) from error
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ def registrable(source: nn.Module | onnx.ModelProto, declared: Declaration, *, c
     """Return a classifier as it can be published, its interpreted form checked against ONNX Runtime.
 
     Raises ``GraphUnsuitable``, ``OperatorUnsupported``, ``ParityBroken``, ``LayerNotFound`` for a layer that is named,
-    and ``LabelsWrong``.
+    ``LabelsWrong`` and ``InputUnsuitable``.
     """
     if isinstance(source, nn.Module):
         if declared.shape is None:

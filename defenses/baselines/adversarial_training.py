@@ -2,8 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from defenses.attacks import craft
+from defenses.baselines.adversarial_outcome import AdversarialTraining, Epoch, TrainingDiverged, has_collapsed
 from defenses.baselines.adversarial_plan import AdversarialPlan, check_feasible
 from defenses.baselines.adversarial_step import augmented, perturbed, triangle
 from defenses.coophance.selection import accuracy_of
@@ -25,9 +25,6 @@ MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 """Those of the stochastic gradient descent, as published."""
 
-FALL = 0.2
-"""The fall of the accuracy under PGD from one epoch to a later one that the paper's program takes for a collapse."""
-
 TRAINING = "training"
 PACE = "pace"
 TEST = "test"
@@ -37,51 +34,6 @@ _CRAFTING = 2**31 + 1
 """What the seeds of the first weights and of PGD are derived with; the epochs' are with their numbers."""
 
 State = dict[str, Tensor]
-
-
-class TrainingDiverged(ArithmeticError):
-    """The loss of an epoch, counted from 1, is not finite."""
-
-    def __init__(self, epoch: int, learning_rate: float) -> None:
-        super().__init__(
-            f"The training diverged: expected a finite loss, got none in epoch {epoch} at a highest learning rate of "
-            f"{learning_rate:g}; a smaller one may do."
-        )
-        self.epoch, self.learning_rate = epoch, learning_rate
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """What became of an epoch, counted from 1: mean loss and accuracy on its own examples, and on validation images.
-
-    ``robust_accuracy`` is the share that is answered rightly both as it is and under PGD.
-    """
-
-    number: int
-    loss: float
-    training_accuracy: float
-    clean_accuracy: float
-    robust_accuracy: float
-
-
-@dataclass(frozen=True)
-class AdversarialTraining:
-    """What became of a training; the weights are those of the epoch ``kept``.
-
-    ``planned`` is how many epochs there were to be. ``collapsed`` is the epoch in which the accuracy under PGD fell,
-    None where it never did. ``clean_accuracy`` is that on all test images, ``robust_accuracy`` on the first
-    ``attacked`` of them.
-    """
-
-    planned: int
-    epochs: tuple[Epoch, ...]
-    kept: int
-    collapsed: int | None
-    precision: Literal["float32", "bfloat16"]
-    clean_accuracy: float
-    robust_accuracy: float
-    attacked: int
-    seconds: Mapping[str, float]
 
 
 def initial_seed(seed: int) -> int:
@@ -106,11 +58,10 @@ def train_adversarially(
     """Train a classifier on examples of FGSM from random starts (algorithm 3), and measure it on test images.
 
     ``model`` gives logits (N, K) for images (N, C, H, W) in [0, 1]. It ends with the trained weights, on the CPU and in
-    evaluation mode. Where the accuracy of an epoch under PGD, on validation images, is by 0.2 or by half below that of
-    the best epoch before, FGSM has been learnt by heart ("catastrophic overfitting", section 5.4): the training stops,
-    and the weights are those of the epoch before. Each epoch is kept in ``stages``, and is the same whether or not the
-    one before it was killed. The global random state is left as it was. Raises ``ImagesTooFew`` before anything is
-    computed, and ``TrainingDiverged``.
+    evaluation mode. Where the accuracy under PGD on validation images collapses after an epoch (``has_collapsed``), the
+    training stops, and the weights are those of the epoch before. Each epoch is kept in ``stages``, and is the same
+    whether or not the one before it was killed. The global random state is left as it was. Raises ``ImagesTooFew``
+    before anything is computed, and ``TrainingDiverged``.
     """
     check_feasible(plan, fit=len(splits.fit.targets), validation=len(splits.validation.targets))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -165,7 +116,7 @@ class _Training:
         while len(self.epochs) < self.planned and self.collapsed is None:
             state = self.state()
             self.epochs.append(self.epoch())
-            if has_collapsed([each.robust_accuracy for each in self.epochs]):
+            if has_collapsed(self.epochs):
                 self.collapsed = len(self.epochs)
                 self.go_back(state)
             values = {"epochs": [asdict(each) for each in self.epochs], "collapsed": self.collapsed}
@@ -187,19 +138,21 @@ class _Training:
         state = self.state()
         rows = torch.arange(self.plan.batch_size)
         self.model.train()
-        for _ in range(2):
-            self.step(rows, 0)
-        start = time.perf_counter()
-        for _ in range(5):
-            self.step(rows, 0)
-        step = (time.perf_counter() - start) / 5
-        batch = LabelledImages(*(column[: self.plan.batch_size] for column in self.splits.validation))
-        start = time.perf_counter()
-        self.robust_accuracy(batch)
-        each = (time.perf_counter() - start) / len(batch.targets)
+        for count in (2, 5):  # what is done but once is not timed
+            start = time.perf_counter()
+            for _ in range(count):
+                self.step(rows, 0).tolist()
+            step = (time.perf_counter() - start) / count
+        images, targets = (column[: self.plan.batch_size] for column in self.splits.validation)
+        x, y = to_float(images.to(self.device)), targets.to(self.device)
+        self.model.eval()
+        for count in (2, len(y)):
+            start = time.perf_counter()
+            self.plan.measured_by.run(self.model, x[:count], y[:count]).cpu()
+            attacked = (time.perf_counter() - start) / count
         self.go_back(state)
         validated = min(self.plan.validation_examples, len(self.splits.validation.targets))
-        return self.steps * step + validated * each
+        return self.steps * step + validated * attacked
 
     def epoch(self) -> Epoch:
         """Train one epoch, the images that are left over from its whole batches left out; raises ``TrainingDiverged``.
@@ -256,13 +209,14 @@ class _Training:
     def robust_accuracy(self, split: LabelledImages, stage: str = "validation") -> float:
         """Return the share of images that is answered rightly both as it is and under PGD."""
         self.model.eval()
-        if not accuracy_of(self.model, *split, self.device):
+        right = round(accuracy_of(self.model, *split, self.device) * len(split.targets))
+        if not right:
             return 0.0
         examples = craft(
             self.plan.measured_by,
             self.model,
             *split,
-            limit=len(split.targets),
+            limit=right,
             device=self.device,
             seed=derived_seed(self.plan.seed, _CRAFTING),
             batch_size=self.plan.batch_size,
@@ -292,9 +246,3 @@ class _Training:
         self.go_back(kept.tensors)
         self.epochs = [Epoch(**each) for each in kept.values["epochs"]]
         self.collapsed = kept.values["collapsed"]
-
-
-def has_collapsed(accuracies: list[float]) -> bool:
-    """Say whether the last of the epochs' accuracies under PGD is by 0.2 or by half below the best one before it."""
-    best = max(accuracies[:-1], default=0.0)
-    return accuracies[-1] < best - min(FALL, best / 2)

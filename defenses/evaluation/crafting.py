@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import onnx
 import torch
 from torch import Tensor, nn
 
@@ -20,12 +21,11 @@ from defenses.classifier import Classifier
 from defenses.evaluation import Progress
 from defenses.evaluation.plan import EFFORT, SAMPLES, EvaluationPlan, Scenario, distinct, doubled, suits
 from defenses.evaluation.rows import SubstituteResult
-from defenses.nip.substitute import distil
-from defenses.nip.substitute_training import TRAINING
+from defenses.nip.substitute import Substitute, distil
 from defenses.precision import full_precision
 from defenses.protected import ProtectedClassifier
 from defenses.seeds import derived_seed
-from defenses.stages import Stages
+from defenses.stages import Kept, Stages
 
 CHECKED = 50
 """Images that the sanity checks of an attack take."""
@@ -33,6 +33,7 @@ CHECKED = 50
 ANOTHER_IMAGE = "other-image"
 """The attack without any bound, which must succeed."""
 
+SUBSTITUTE = "substitute"
 _WAIT_SECONDS = 0.5
 
 RESULT, UNDEFENDED, REPEATED, NOISES = "result", "undefended", "repeated", "noises"
@@ -96,10 +97,7 @@ class Substitutes:
     progress: Progress
 
     def train(self, defenses: tuple[Defense, ...], deadline: float) -> dict[str, StandIn]:
-        """Return the substitutes by the defense's name, of those that are kept or begun before ``deadline``.
-
-        That is one in ``time.monotonic()``. Raises what ``distil`` raises.
-        """
+        """Return those kept, or begun before ``deadline`` in ``time.monotonic()``; raises what ``distil`` does."""
         made: dict[str, StandIn] = {}
         waiting = list(defenses)
         while waiting:
@@ -108,39 +106,46 @@ class Substitutes:
                 folder = self._folder(defense)
                 with _claimed(folder) as mine:
                     in_time = time.monotonic() < deadline
-                    if mine and (in_time or Stages(folder).load(TRAINING) is not None):
-                        made[defense.name] = self._distilled(defense, folder)
+                    if mine and (in_time or SUBSTITUTE in Stages(folder).names()):
+                        made[defense.name] = self._kept(defense, folder)
                     elif in_time:
                         busy.append(defense)
-            waiting = busy
-            if waiting:
+            if waiting := busy:
                 time.sleep(_WAIT_SECONDS)
         return made
 
-    def _distilled(self, defense: Defense, folder: Path) -> StandIn:
-        protected = defense.protected
-        found = distil(
+    def _kept(self, defense: Defense, folder: Path) -> StandIn:
+        stages = Stages(folder)
+        kept = stages.load(SUBSTITUTE)
+        if kept is None:
+            found = self._distilled(defense.protected, stages)
+            graph = torch.frombuffer(bytearray(found.classifier.model.SerializeToString()), dtype=torch.uint8)
+            told = (found.training_queries, found.held_out_queries, found.agreement, found.commonest_share)
+            kept = Kept({"graph": graph}, asdict(SubstituteResult(*told)))
+            stages.save(SUBSTITUTE, *kept)
+        classifier = Classifier(onnx.ModelProto.FromString(kept.tensors["graph"].numpy().tobytes())).eval()
+        return StandIn(folder.name, classifier.to(self.device), SubstituteResult(**kept.values))
+
+    def _distilled(self, protected: ProtectedClassifier, stages: Stages) -> Substitute:
+        return distil(
             self._labels_of(protected),
             protected.classifier.image_shape,
             protected.classifier.classes,
             *self.images,
             self.plan.substitute,
-            stages=Stages(folder),
+            stages=stages,
             device=self.device,
             progress=self.progress,
         )
-        told = SubstituteResult(found.training_queries, found.held_out_queries, found.agreement, found.commonest_share)
-        return StandIn(folder.name, found.classifier.to(self.device), told)
 
     def _labels_of(self, protected: ProtectedClassifier) -> Callable[[Tensor], Tensor]:
         """Return what answers images on the CPU with the labels that one submission of each is told, alerted or not."""
         scale = torch.tensor(float(self.plan.noise), device=self.device)
-        cuda = [self.device] if self.device.type == "cuda" else []
 
         def answer(x: Tensor) -> Tensor:
             # Noise that depends on the images alone: who takes the work up again is told the same.
             drawn = int.from_bytes(hashlib.sha256(x.contiguous().numpy().tobytes()).digest()[:4], "little")
-            with torch.random.fork_rng(devices=cuda), full_precision():
+            with torch.random.fork_rng(devices=[self.device] if scale.is_cuda else []), full_precision():
                 torch.manual_seed(derived_seed(self.plan.seed, drawn))
                 labels: Tensor = protected(x.to(self.device), scale).logits.argmax(1)
             return labels
@@ -195,10 +200,9 @@ class Workshop:
         ``substitutes`` are those of the defenses by name; where one lacks, so does what is crafted on it.
         """
         works = dict(self._measured())
-        for name, substitute in substitutes.items():
-            for each in self.crafted:
-                if suits(each, "transfer"):
-                    works[Work(RESULT, "transfer", each.name, name)] = self._on_substitute(each, substitute)
+        for each in self.crafted:
+            for name, substitute in substitutes.items() if suits(each, "transfer") else ():
+                works[Work(RESULT, "transfer", each.name, name)] = self._on_substitute(each, substitute)
         if self.plan.checks:
             works |= self._checked()
         return works
@@ -260,8 +264,7 @@ class Workshop:
     def _on_substitute(self, each: Attack, substitute: StandIn) -> Crafting:
         # The attack keeps its name, under which it is set beside the same in the other scenarios.
         blind = replace(transferred(each, substitute.classifier), name=each.name)
-        count = self.plan.images_for(each)
-        return self._crafting(blind, substitute.classifier, f"substitute {substitute.key}", count)
+        return self._crafting(blind, substitute.classifier, f"substitute {substitute.key}", self.plan.images_for(each))
 
     def _crafting(self, each: Attack, model: nn.Module, victim: str, count: int) -> Crafting:
         return Crafting(each, model, victim, self.x[:count], self.y[:count], self.plan.seed)
@@ -273,16 +276,11 @@ def _claimed(folder: Path) -> Iterator[bool]:
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "lock", timeout=0)
     try:
-        lock.acquire()
+        with FileLock(folder / "lock", timeout=0):
+            yield True
     except Timeout:
         yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
 
 
 def first_right(classifier: nn.Module, images: Tensor, targets: Tensor, limit: int, device: torch.device) -> Tensor:

@@ -50,8 +50,9 @@ class Subject:
     def method(self) -> str:
         """How the defense was made: coophance, nip, the method of a baseline, or none."""
         manifest = self.manifest
-        if manifest.kind == "baseline":
-            return str(manifest.options["plan"]["method"])
+        plan = manifest.options.get("plan")
+        if manifest.kind == "baseline" and isinstance(plan, dict):
+            return str(plan["method"])
         return "none" if manifest.parent is None else manifest.kind
 
 

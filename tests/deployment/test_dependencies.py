@@ -8,11 +8,13 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 FITTING = {
+    "adversarial-robustness-toolbox",
     "filelock",
     "foolbox",
     "jinja2",
     "matplotlib",
     "onnxscript",
+    "pyautoattack",
     "safetensors",
     "scikit-learn",
     "scipy",

@@ -23,7 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from model_store import SERVING, Draft, InputSpec, Store
 
-FITTING = ("torch", "torchvision", "foolbox", "sklearn", "safetensors", "onnxscript")
+FITTING = ("torch", "torchvision", "foolbox", "art", "pyautoattack", "sklearn", "safetensors", "onnxscript")
 START_SECONDS = 60
 
 

@@ -118,7 +118,7 @@ def test_every_error_that_a_request_may_end_in_has_a_status(module, not_in_a_req
 SERVES_WITHOUT = """
 import asyncio, sys
 
-for name in ("torch", "torchvision", "sklearn", "safetensors", "foolbox", "onnxscript"):
+for name in ("torch", "torchvision", "sklearn", "safetensors", "foolbox", "art", "pyautoattack", "onnxscript"):
     sys.modules[name] = None
 
 import httpx

@@ -279,7 +279,7 @@ def test_a_classifier_is_measured_as_a_control_beside_its_defense(published):
         (["digits", "--url", "http://127.0.0.1:9", "--no-noise"], "are for a measurement without --url"),
         (["digits", "--url", "http://127.0.0.1:9", "--device", "cpu"], "is for a measurement without --url"),
         (["digits", "--url", "http://127.0.0.1:9", "--scenario", "B"], "are for a measurement without --url"),
-        (["digits", "--scenario", "C"], "Expected the scenarios A and B, got C."),
+        (["digits", "--scenario", "C"], "Expected the scenarios A, B and transfer, got C."),
         (["digits", "--sweep", "fgsm@epsilon"], "there is no parameter with values behind an @"),
         (["digits", "--sweep", "fgsm@steps=1,2"], "Expected an attack such as fgsm"),
         (["digits@1", "--no-noise"], "are for a defense that has noise, and digits@1 has none"),
