@@ -4,6 +4,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ HANDOVER = 0.6
 
 STOPPING_POINTS = 4
 """At how many points of the last 40 % the Regulator is kept, to be chosen from."""
+
+WARM, TIMED = 3, 15
+"""The steps that are taken before a training is timed, and those that are."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,13 @@ def steps_in(config: RegulatorConfig, plan: TrainingPlan, seconds: float, *, dev
 
 
 def _seconds_a_step(trainer: Trainer) -> float:
-    for _ in range(3):
+    """Return the median of a few steps' seconds: a mean would take a moment's other load for the training's own."""
+    seconds = []
+    for _ in range(WARM + TIMED):
+        start = time.perf_counter()
         float(trainer.advance())
-    start = time.perf_counter()
-    for _ in range(10):
-        float(trainer.advance())
-    return (time.perf_counter() - start) / 10
+        seconds.append(time.perf_counter() - start)
+    return median(seconds[WARM:])
 
 
 def _stopping_points(handover: int, steps: int) -> list[int]:
