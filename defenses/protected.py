@@ -95,8 +95,8 @@ class ProtectedClassifier(nn.Module):
         raw = self.raw_pass(x)
         return self._look(x, self._purify(x, raw, None), raw)
 
-    def activations(self, x: Tensor) -> Tensor:
-        """Return the activations that the detector is shown of images (N, C, H, W) in [0, 1], and no more; noise on."""
+    def activations(self, x: Tensor, noise_scale: Tensor | None = None) -> Tensor:
+        """Return the activations that the detector is shown of images (N, C, H, W) in [0, 1], and no more."""
         inspects = self.detector.inspects
         if not self.detector.layers:
             return _nothing(x)
@@ -105,7 +105,7 @@ class ProtectedClassifier(nn.Module):
         if inspects == "raw":
             return self._activations(x)
         raw = None if self.purifier.layer is None else self._pass(x, self.purifier.layer)
-        return self._activations(self._purify(x, raw, None))
+        return self._activations(self._purify(x, raw, noise_scale))
 
     def _look(self, x: Tensor, x_purified: Tensor, raw: Pass) -> Evidence:
         layers, inspects = self.detector.layers, self.detector.inspects

@@ -1,6 +1,7 @@
 """Tables for people."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import get_args
 
 from rich.box import SIMPLE_HEAD
@@ -17,6 +18,10 @@ from service.evaluation.document import EvaluationReport
 from service.nip_success import SuccessReport
 
 NOTHING = "-"
+
+CRAFTED_ON: Mapping[Scenario, str] = MappingProxyType(
+    {"A": "the bare classifier", "B": "the defense", "transfer": "a substitute of the defense"}
+)
 
 MOVED = (
     "Moved by the nearest candidate, which is what is served, by a random one, by Gaussian noise of the same L2 norm, "
@@ -127,14 +132,20 @@ def _clean_table(report: EvaluationReport) -> Table:
 
 
 def _attack_table(scenario: Scenario, form: Form, rows: Sequence[AttackResult]) -> Table:
-    crafted = "the bare classifier" if scenario == "A" else "the defense"
-    table = _plain_table(f"crafted on {crafted}, {'as crafted' if form == 'as crafted' else 'rounded to 8 bits'}")
+    table = _plain_table(
+        f"crafted on {CRAFTED_ON[scenario]}, {'as crafted' if form == 'as crafted' else 'rounded to 8 bits'}"
+    )
     over = "those that fool the bare classifier" if scenario == "A" else "all attempts"
     table.caption = f"Answered: with the true class. Resisted: that, or alerted. Over {over}. !: a check failed."
     for heading in ("attack", "defense"):
         table.add_column(heading, overflow="fold")
     for heading in ("fooling", "L2", "answered", "alerted", "resisted", "95 %", "AUC"):
         table.add_column(heading, justify="right")
+    substitutes = {row.defense: row.substitute for row in rows if row.substitute}
+    for defense, found in substitutes.items():
+        table.caption += (
+            f" {defense} answered {found.queries} images; its label is given to {_percent(found.agreement)}."
+        )
     attack = ""
     for row in sorted(rows, key=lambda row: [each.attack for each in rows].index(row.attack)):
         attack, before = row.attack, attack

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from defenses.attacks.attack import Entry, Facts, Run
-from defenses.attacks.examples import fools
 from defenses.attacks.isolation import frozen, seeded
 
 
@@ -28,8 +27,7 @@ def jsma(model: nn.Module, x: Tensor, y: Tensor, *, theta: float, gamma: float) 
 
     ``x`` is (N, C, H, W) in [0, 1], ``y`` (N,) int64. Each step adds ``theta`` to two values of an image, up to 1, and
     ends at the target or once more than a share ``gamma`` of the values has changed. ART takes the two values whose
-    derivative of the target's logit is highest, without regard to the other classes' as the paper's map has it. An
-    image that the model still recognises comes back unchanged.
+    derivative of the target's logit is highest, without regard to the other classes' as the paper's map has it.
     """
     x_adv = x.clone()
     with _estimated(model, x) as estimator:
@@ -40,7 +38,7 @@ def jsma(model: nn.Module, x: Tensor, y: Tensor, *, theta: float, gamma: float) 
             rows = target == c
             attack = SaliencyMapMethod(estimator, theta=theta, gamma=gamma, batch_size=int(rows.sum()), verbose=False)
             x_adv[rows] = _tensor(attack.generate(_array(x[rows]), target[rows].cpu().numpy()), x)
-        return torch.where(fools(model, x_adv, y).reshape(-1, 1, 1, 1), x_adv, x)
+        return x_adv
 
 
 def universal(

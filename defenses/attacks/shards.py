@@ -4,8 +4,8 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
@@ -33,7 +33,7 @@ _LIBRARIES = ("torch", "foolbox", "adversarial-robustness-toolbox", "pyautoattac
 class Crafting:
     """Say what is crafted: an attack, run on a model, on images.
 
-    ``model`` is in evaluation mode on the device where it is attacked, and ``victim`` names it, its defense, and how it
+    ``model`` is in evaluation mode on ``device``, and ``victim`` names it, its defense, and how it
     is asked, for good. ``images`` is uint8 (N, C, H, W), ``targets`` (N,) int64; all of them are attacked, each shard
     from a seed of its own that is drawn from ``seed``.
     """
@@ -44,6 +44,7 @@ class Crafting:
     images: Tensor
     targets: Tensor
     seed: int
+    device: torch.device
 
     @property
     def shards(self) -> list["Shard"]:
@@ -70,7 +71,7 @@ class Shard:
 
     @property
     def key(self) -> str:
-        """The SHA-256 over all that the examples depend on: victim, attack, parameters, seed, images and this code."""
+        """The SHA-256 over all that the examples depend on: victim, attack, seed, images, kind of device, this code."""
         crafting = self.crafting
         facts = {
             "victim": crafting.victim,
@@ -78,6 +79,7 @@ class Shard:
             "parameters": dict(crafting.attack.parameters),
             "seed": self.seed,
             "images": _digest(crafting.images[self.rows], crafting.targets[self.rows]),
+            "device": crafting.device.type,
             "code": code_version(),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -87,9 +89,9 @@ class Shard:
         """The seed of this shard alone."""
         return derived_seed(self.crafting.seed, self.index)
 
-    def craft(self, device: torch.device) -> Tensor:
+    def craft(self) -> Tensor:
         """Return the examples, float32 (N, C, H, W) in [0, 1] on the CPU; the global random state is left as it was."""
-        crafting = self.crafting
+        crafting, device = self.crafting, self.crafting.device
         x, y = to_float(crafting.images[self.rows]).to(device), crafting.targets[self.rows].to(device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), full_precision():
             torch.manual_seed(self.seed)
@@ -127,34 +129,37 @@ class ExampleCache:
         """Keep a shard; raises ``StageNotKept`` where the disk does not take it."""
         self._stages(shard).save(_EXAMPLES, {"x_adv": x_adv}, {"seconds": seconds})
 
-    @contextmanager
-    def claimed(self, shard: Shard) -> Iterator[bool]:
-        """Yield whether the shard is this process's to make; it is not while another holds it."""
-        from filelock import FileLock, Timeout
-
-        folder = self._stages(shard).folder
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / "lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
+    def claimed(self, shard: Shard) -> AbstractContextManager[bool]:
+        """Return a context that says whether the shard is this process's to make (see ``claimed``)."""
+        return claimed(self._stages(shard).folder)
 
     def _stages(self, shard: Shard) -> Stages:
         key = shard.key
         return Stages(self.folder / key[:2] / key)
 
 
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Yield whether a folder is this process's to write into; it is not while another holds its lock."""
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
 def craft_shards(
     craftings: Sequence[Crafting],
     kept: ExampleCache,
     *,
-    device: torch.device,
     deadline: float = float("inf"),
     progress: Callable[[str, int, int], None],
 ) -> list[Crafted]:
@@ -177,7 +182,7 @@ def craft_shards(
     while waiting:
         busy = []
         for shard in waiting:
-            if _made(shard, kept, device, deadline):
+            if _made(shard, kept, deadline):
                 advance(shard)
             elif time.monotonic() < deadline:
                 busy.append(shard)
@@ -187,7 +192,7 @@ def craft_shards(
     return [_gathered(crafting, kept) for crafting in craftings]
 
 
-def _made(shard: Shard, kept: ExampleCache, device: torch.device, deadline: float) -> bool:
+def _made(shard: Shard, kept: ExampleCache, deadline: float) -> bool:
     """Make a shard unless it is kept; return whether it is there now."""
     if kept.load(shard) is not None:
         return True
@@ -198,7 +203,7 @@ def _made(shard: Shard, kept: ExampleCache, device: torch.device, deadline: floa
             return False
         if kept.load(shard) is None:
             start = time.perf_counter()
-            x_adv = shard.craft(device)
+            x_adv = shard.craft()
             kept.save(shard, x_adv, time.perf_counter() - start)
         return True
 
@@ -211,11 +216,6 @@ def _gathered(crafting: Crafting, kept: ExampleCache) -> Crafted:
     return Crafted(
         rows, torch.cat([nothing, *(x_adv for _, (x_adv, _) in parts)]), sum(seconds for _, (_, seconds) in parts)
     )
-
-
-def limited(crafting: Crafting, count: int) -> Crafting:
-    """Return the same crafting on its first images alone."""
-    return replace(crafting, images=crafting.images[:count], targets=crafting.targets[:count])
 
 
 @cache

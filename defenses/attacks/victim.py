@@ -95,7 +95,9 @@ class Victim(nn.Module):
         layer the values are none, (N, 1, 0).
         """
         noises = self.samples if self.protected.detector.inspects == "purified" else 1
-        activations: Tensor = self.protected.activations(x.repeat_interleave(noises, 0)).unflatten(0, (-1, noises))
+        scale = torch.tensor(self.noise_scale, device=x.device)
+        repeated: Tensor = self.protected.activations(x.repeat_interleave(noises, 0), scale)
+        activations: Tensor = repeated.unflatten(0, (-1, noises))
         return activations
 
     def _uncorrected(self, x: Tensor) -> Output:

@@ -1,31 +1,20 @@
 """What an evaluation has to craft, before anything is measured."""
 
-import hashlib
-import json
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
-import onnx
 import torch
 from torch import Tensor, nn
 
 from defenses.attacks import Attack, attack
-from defenses.attacks.shards import SHARD, Crafting, code_version
+from defenses.attacks.shards import SHARD, Crafting
 from defenses.attacks.transfer import transferred
 from defenses.attacks.victim import Victim
 from defenses.classifier import Classifier
-from defenses.evaluation import Progress
+from defenses.evaluation.defense import Defense
 from defenses.evaluation.plan import EFFORT, SAMPLES, EvaluationPlan, Scenario, distinct, doubled, suits
-from defenses.evaluation.rows import SubstituteResult
-from defenses.nip.substitute import Substitute, distil
-from defenses.precision import full_precision
+from defenses.evaluation.substitutes import StandIn
 from defenses.protected import ProtectedClassifier
-from defenses.seeds import derived_seed
-from defenses.stages import Kept, Stages
 
 CHECKED = 50
 """Images that the sanity checks of an attack take."""
@@ -33,24 +22,8 @@ CHECKED = 50
 ANOTHER_IMAGE = "other-image"
 """The attack without any bound, which must succeed."""
 
-SUBSTITUTE = "substitute"
-_WAIT_SECONDS = 0.5
-
 RESULT, UNDEFENDED, REPEATED, NOISES = "result", "undefended", "repeated", "noises"
 """What a crafting is for: a row, an attack without a defense, that once more, or more noises for each gradient."""
-
-
-@dataclass(frozen=True)
-class Defense:
-    """Hold what is evaluated: a name, a digest that names it for good, and the protected classifier on its device.
-
-    ``noisy`` says whether one image is answered differently from time to time.
-    """
-
-    name: str
-    digest: str
-    protected: ProtectedClassifier
-    noisy: bool
 
 
 @dataclass(frozen=True)
@@ -66,109 +39,11 @@ class Work:
     defense: str | None
 
 
-class QueryImages(NamedTuple):
-    """What an attacker asks a defense about, and what agreement is measured on: uint8 (N, C, H, W), none attacked."""
-
-    training: Tensor
-    held_out: Tensor
-
-
-@dataclass(frozen=True)
-class StandIn:
-    """A substitute of a defense, on the device of the attacks; ``key`` names it for good."""
-
-    key: str
-    classifier: Classifier
-    result: SubstituteResult
-
-
-@dataclass(frozen=True)
-class Substitutes:
-    """Train substitutes of defenses on the labels that they answer with, each in a folder that processes may share.
-
-    What is finished of one is kept there, so that a run that was killed goes on; whoever trains it holds its lock,
-    which ends with the process.
-    """
-
-    folder: Path
-    plan: EvaluationPlan
-    images: QueryImages
-    device: torch.device
-    progress: Progress
-
-    def train(self, defenses: tuple[Defense, ...], deadline: float) -> dict[str, StandIn]:
-        """Return those kept, or begun before ``deadline`` in ``time.monotonic()``; raises what ``distil`` does."""
-        made: dict[str, StandIn] = {}
-        waiting = list(defenses)
-        while waiting:
-            busy = []
-            for defense in waiting:
-                folder = self._folder(defense)
-                with _claimed(folder) as mine:
-                    in_time = time.monotonic() < deadline
-                    if mine and (in_time or SUBSTITUTE in Stages(folder).names()):
-                        made[defense.name] = self._kept(defense, folder)
-                    elif in_time:
-                        busy.append(defense)
-            if waiting := busy:
-                time.sleep(_WAIT_SECONDS)
-        return made
-
-    def _kept(self, defense: Defense, folder: Path) -> StandIn:
-        stages = Stages(folder)
-        kept = stages.load(SUBSTITUTE)
-        if kept is None:
-            found = self._distilled(defense.protected, stages)
-            graph = torch.frombuffer(bytearray(found.classifier.model.SerializeToString()), dtype=torch.uint8)
-            told = (found.training_queries, found.held_out_queries, found.agreement, found.commonest_share)
-            kept = Kept({"graph": graph}, asdict(SubstituteResult(*told)))
-            stages.save(SUBSTITUTE, *kept)
-        classifier = Classifier(onnx.ModelProto.FromString(kept.tensors["graph"].numpy().tobytes())).eval()
-        return StandIn(folder.name, classifier.to(self.device), SubstituteResult(**kept.values))
-
-    def _distilled(self, protected: ProtectedClassifier, stages: Stages) -> Substitute:
-        return distil(
-            self._labels_of(protected),
-            protected.classifier.image_shape,
-            protected.classifier.classes,
-            *self.images,
-            self.plan.substitute,
-            stages=stages,
-            device=self.device,
-            progress=self.progress,
-        )
-
-    def _labels_of(self, protected: ProtectedClassifier) -> Callable[[Tensor], Tensor]:
-        """Return what answers images on the CPU with the labels that one submission of each is told, alerted or not."""
-        scale = torch.tensor(float(self.plan.noise), device=self.device)
-
-        def answer(x: Tensor) -> Tensor:
-            # Noise that depends on the images alone: who takes the work up again is told the same.
-            drawn = int.from_bytes(hashlib.sha256(x.contiguous().numpy().tobytes()).digest()[:4], "little")
-            with torch.random.fork_rng(devices=[self.device] if scale.is_cuda else []), full_precision():
-                torch.manual_seed(derived_seed(self.plan.seed, drawn))
-                labels: Tensor = protected(x.to(self.device), scale).logits.argmax(1)
-            return labels
-
-        return answer
-
-    def _folder(self, defense: Defense) -> Path:
-        """Return where all is kept that depends on the defense, its switches, the plan, the images and this code."""
-        facts = {
-            "victim": f"{defense.digest}, {self.plan.switches}",
-            "substitute": asdict(self.plan.substitute),
-            "images": [hashlib.sha256(each.contiguous().numpy().tobytes()).hexdigest() for each in self.images],
-            "code": code_version(),
-        }
-        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        return self.folder / key[:2] / key
-
-
 class Workshop:
     """Plan the craftings of an evaluation, on images that the bare classifier gets right.
 
-    ``x`` is uint8 (N, C, H, W) with classes ``y`` (N,); ``classifier`` and the defenses are on the device of the
-    attacks, and ``digest`` names the classifier for good. ``undefended`` is the classifier behind no defense.
+    ``x`` is uint8 (N, C, H, W) with classes ``y`` (N,); ``classifier`` and the defenses are on ``device``, and
+    ``digest`` names the classifier for good. ``undefended`` is the classifier behind no defense.
     """
 
     def __init__(
@@ -180,14 +55,16 @@ class Workshop:
         plan: EvaluationPlan,
         x: Tensor,
         y: Tensor,
+        device: torch.device,
     ) -> None:
         self.classifier, self.digest, self.undefended = classifier, digest, undefended
         self.defenses, self.plan = defenses, plan
-        self.x, self.y = x, y
+        self.x, self.y, self.device = x, y, device
         attacks, self.sweeps = plan.parsed()
         self.attacks = distinct(attacks)
         swept = [each for sweep in self.sweeps for each in sweep.attacks]
         self.crafted = distinct([*attacks, *swept])
+        self._victims: dict[tuple[str, int], Victim] = {}
 
     @property
     def wants_substitutes(self) -> bool:
@@ -199,12 +76,11 @@ class Workshop:
 
         ``substitutes`` are those of the defenses by name; where one lacks, so does what is crafted on it.
         """
-        works = dict(self._measured())
+        works = dict(self._checked()) if self.plan.checks else {}
+        works |= self._measured()
         for each in self.crafted:
             for name, substitute in substitutes.items() if suits(each, "transfer") else ():
                 works[Work(RESULT, "transfer", each.name, name)] = self._on_substitute(each, substitute)
-        if self.plan.checks:
-            works |= self._checked()
         return works
 
     def _measured(self) -> Iterator[tuple[Work, Crafting]]:
@@ -216,10 +92,10 @@ class Workshop:
                 yield Work(RESULT, "B", each.name, defense.name), self._on_defense(each, defense, count)
 
     def _checked(self) -> Iterator[tuple[Work, Crafting]]:
-        for each in self.crafted:
+        for each in distinct([*self.attacks, *(sweep.attacks[-1] for sweep in self.sweeps)]):
             yield Work(UNDEFENDED, "A", each.name, None), self._on_nothing(each, CHECKED)
             yield Work(REPEATED, "A", each.name, None), self._on_nothing(each, SHARD, repeated=True)
-        if "B" not in self.plan.scenarios:
+        if "B" not in self.plan.scenarios or not self.crafted:
             return
         for defense in self.defenses:
             yield (
@@ -254,12 +130,12 @@ class Workshop:
     def _on_defense(self, each: Attack, defense: Defense, count: int, samples: int | None = None) -> Crafting:
         # An attack that samples the noise itself is given one at a time.
         asked = (samples or self.plan.samples) if defense.noisy and SAMPLES not in each.parameters else 1
-        return self._crafting(
-            each,
-            Victim(defense.protected, asked, noise_scale=float(self.plan.noise)),
-            f"{defense.digest}, {asked} samples, {self.plan.switches}",
-            count,
-        )
+        # Each is a copy of the whole defense.
+        if (defense.name, asked) not in self._victims:
+            victim = Victim(defense.protected, asked, noise_scale=float(self.plan.noise))
+            self._victims[defense.name, asked] = victim
+        victim = self._victims[defense.name, asked]
+        return self._crafting(each, victim, f"{defense.digest}, {asked} samples, {self.plan.switches}", count)
 
     def _on_substitute(self, each: Attack, substitute: StandIn) -> Crafting:
         # The attack keeps its name, under which it is set beside the same in the other scenarios.
@@ -267,20 +143,7 @@ class Workshop:
         return self._crafting(blind, substitute.classifier, f"substitute {substitute.key}", self.plan.images_for(each))
 
     def _crafting(self, each: Attack, model: nn.Module, victim: str, count: int) -> Crafting:
-        return Crafting(each, model, victim, self.x[:count], self.y[:count], self.plan.seed)
-
-
-@contextmanager
-def _claimed(folder: Path) -> Iterator[bool]:
-    """Yield whether a folder is this process's to write into; it is not while another holds it."""
-    from filelock import FileLock, Timeout
-
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / "lock", timeout=0):
-            yield True
-    except Timeout:
-        yield False
+        return Crafting(each, model, victim, self.x[:count], self.y[:count], self.plan.seed, self.device)
 
 
 def first_right(classifier: nn.Module, images: Tensor, targets: Tensor, limit: int, device: torch.device) -> Tensor:

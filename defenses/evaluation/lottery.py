@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from defenses.evaluation import run_batched
+from defenses.pixels import to_float
 from defenses.precision import full_precision
 from defenses.protected import ProtectedClassifier
 
@@ -38,10 +39,18 @@ class Draws:
     seed: int
     noise_scale: float = 1.0
 
+    @torch.no_grad()
     def noisy(self, images: Tensor) -> bool:
-        """Say whether two submissions of some images (N, C, H, W) are answered differently."""
-        (first, _), (second, _) = self._answered(images, 2)
-        return not torch.equal(first, second)
+        """Say whether anything that is said of some images, uint8 (N, C, H, W), differs from one submission to another.
+
+        That is the purified image and the score too: an answer may hang on noise only where an image is alerted.
+        """
+        x = to_float(images).to(self.device)
+        scale = torch.tensor(self.noise_scale, device=self.device)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []), full_precision():
+            torch.manual_seed(self.seed)
+            first, second = self.protected(x, scale), self.protected(x, scale)
+        return not all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
     def lottery(self, images: Tensor) -> Lottery:
         """Return how clean images (N, C, H, W), one or more, fare over 16 submissions."""

@@ -22,9 +22,10 @@ class ExampleRow:
 
     ``fooling`` of the ``attempted`` images fool the model that they were crafted on in that form; everything else is
     over those, and None where there are none. ``distortion_l2`` and ``distortion_linf`` are their mean distances, for
-    images in [0, 1]. ``corrected`` is the share that is answered with the true class, which is what the purifier does
-    alone, ``alerted`` the share that is alerted, the detector alone, and ``resisted`` the share of which either holds
-    (CoopHANCE, section 4.1.1), with its interval at 95 %. ``auc`` is the area under resistance over false positives as
+    images in [0, 1], ``missed_l2`` and ``missed_linf`` those of the images that are answered wrongly. ``corrected`` is
+    the share that is answered with the true class, which is what the purifier does alone, ``alerted`` the share that is
+    alerted, the detector alone, and ``resisted`` the share of which either holds (CoopHANCE, section 4.1.1), with its
+    interval at 95 %. ``auc`` is the area under resistance over false positives as
     the threshold sweeps, ``curve`` at most 200 points (false-positive rate, resistance rate) of it;
     ``detector_auc`` is that of the scores alone. Without a detector there is none of them, and no ``auc`` and ``curve``
     where the answer itself depends on the alert.
@@ -36,6 +37,8 @@ class ExampleRow:
     fooling: int
     distortion_l2: float | None
     distortion_linf: float | None
+    missed_l2: float | None = None
+    missed_linf: float | None = None
     corrected: float | None = None
     alerted: float | None = None
     resisted: float | None = None
@@ -98,8 +101,11 @@ class Measurement:
         answers, y = self._answers(images), examples.y[fooled]
         corrected, either = answers.logits.argmax(1) == y, resisted(answers, y)
         scores = self._comparable_scores(answers)
+        x, missed = examples.x[fooled], ~corrected
         row = replace(
             row,
+            missed_l2=mean_distance(x[missed], images[missed]),
+            missed_linf=mean_distance(x[missed], images[missed], torch.inf),
             corrected=rate(corrected),
             alerted=rate(answers.alerts),
             resisted=rate(either),

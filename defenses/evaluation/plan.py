@@ -18,7 +18,7 @@ DEAR = 300
 
 SAMPLES = "samples"
 
-EFFORT = ("steps", "searches", "restarts", SAMPLES)
+EFFORT = ("steps", "searches", SAMPLES)
 """The parameters of an attack that say how long it tries."""
 
 SUBSTITUTE_EPOCHS = 12
@@ -37,7 +37,7 @@ class SweepUnclear(ValueError):
 
 @dataclass(frozen=True)
 class Sweep:
-    """Hold an attack whose one parameter takes several values, in ascending order of effect."""
+    """Hold an attack whose one parameter takes several values, in ascending order."""
 
     text: str
     parameter: str
@@ -52,10 +52,10 @@ class Sweep:
             raise SweepUnclear(text, "there is no parameter with values behind an @.")
         try:
             joined = "," if ":" in base else ":"
-            attacks = tuple(attack(f"{base}{joined}{parameter}={value}") for value in values.split(","))
+            attacks = [attack(f"{base}{joined}{parameter}={value}") for value in values.split(",")]
         except ValueError as error:
             raise SweepUnclear(text, str(error)) from error
-        return cls(text, parameter, attacks)
+        return cls(text, parameter, tuple(sorted(attacks, key=lambda each: each.parameters[parameter])))
 
     @property
     def values(self) -> tuple[float, ...]:

@@ -66,8 +66,9 @@ class AttackResult:
     """What a defense does to one attack's examples in one form.
 
     In scenario A all rates are over the ``fooling`` of the ``attempted`` images, those that fool the bare classifier in
-    that form; in the others over all attempts, and ``fooling`` counts those whose answer is then wrong, under the first
-    noise. ``distortion_l2`` and ``distortion_linf`` are mean distances over the same images, for values in [0, 1].
+    that form; in the others over all attempts, and ``fooling`` is how many are then answered wrongly, rounded from the
+    mean over the noises. ``distortion_l2`` and ``distortion_linf`` are mean distances of those that ``fooling`` counts,
+    in scenarios other than A under the first noise, for values in [0, 1].
     ``corrected``, ``alerted`` and ``resisted`` are those of an ``ExampleRow``. ``resisted_of_attempts`` counts attempts
     that do not fool as resisted, and ``resisted_of_fooling`` none of them. ``success_within`` is the share of those
     images, up to as many as a lottery takes, that are once answered wrongly and not alerted within so many submissions.
@@ -131,8 +132,8 @@ class AttackResult:
             form=first.form,
             attempted=first.attempted,
             fooling=counted if scenario == "A" else round(wrong * counted),
-            distortion_l2=first.distortion_l2,
-            distortion_linf=first.distortion_linf,
+            distortion_l2=first.distortion_l2 if scenario == "A" else first.missed_l2,
+            distortion_linf=first.distortion_linf if scenario == "A" else first.missed_linf,
             corrected=corrected,
             alerted=alerted,
             resisted=resisted,
@@ -157,9 +158,9 @@ def _of_fooling(scenario: Scenario, resisted: Rate | None, evading: float, wrong
 class SweepResult:
     """The robust accuracy as one parameter of an attack takes several values.
 
-    ``robust_accuracy`` is, of the attempted images, the share that is answered rightly or alerted, as crafted;
-    ``corrected`` and ``alerted`` are the shares of either, and ``distortion_l2`` the mean distance, each as the row of
-    that value has it, which ``attacks`` names.
+    ``robust_accuracy`` is, of the attempted images, the share that is answered rightly or alerted, as crafted, and
+    ``distortion_l2`` the mean distance, each as the row of that value has it, which ``attacks`` names. ``untrusted``
+    says whether that row fails a sanity check.
     """
 
     defense: str
@@ -169,9 +170,8 @@ class SweepResult:
     values: tuple[float, ...]
     attacks: tuple[str, ...]
     robust_accuracy: tuple[float, ...]
-    corrected: tuple[float, ...]
-    alerted: tuple[float, ...]
     distortion_l2: tuple[float | None, ...]
+    untrusted: tuple[bool, ...]
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,24 @@ def transfer_is_weaker(rows: Sequence[AttackResult]) -> Iterator[Check]:
         )
 
 
+def knowledge_helps(rows: Sequence[AttackResult]) -> Iterator[Check]:
+    """Check that an attack on a defense wins no less than the same on the bare classifier: gradients may be masked."""
+    crafted = {(row.defense, row.attack, row.scenario): row for row in rows if row.form == "as crafted"}
+    for (defense, attack, scenario), row in crafted.items():
+        blind = crafted.get((defense, attack, "A"))
+        if scenario != "B" or blind is None:
+            continue
+        yield Check(
+            "knowing the defense helps the attacker",
+            won(row) >= won(blind) - SLACK,
+            f"{attack} wins {_percent(won(row))} of the attempts when crafted on {defense}, and {_percent(won(blind))} "
+            "when crafted on the classifier.",
+            defense,
+            "B",
+            (attack,),
+        )
+
+
 def budget_breaks_all(sweeps: Iterable[SweepResult]) -> Iterator[Check]:
     """Check that robust accuracy falls with the budget, and to nothing in the end."""
     for sweep in sweeps:

@@ -219,6 +219,8 @@ def _check_alone(
     """Refuse options that belong to another kind of measurement; raises ``ValueError``."""
     switched = plan.confusion is not None or not plan.noise
     offline = plan.scenarios != ("A",) or bool(plan.sweeps) or report is not None
+    if clean and plan.sweeps:
+        raise ValueError("--clean measures clean images alone, and --sweep attacks: leave one out.")
     if plots and not study:
         raise ValueError("--plots draws studies: name one or more with --study.")
     if url and (switched or controls or offline):

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 
+from defenses.evaluation.rates import Interval
 from defenses.evaluation.rows import AttackResult
 
 TABLE = "published.csv"
@@ -13,7 +14,11 @@ TABLE = "published.csv"
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """A row that was measured, as crafted, beside the paper's for the same kind of defense, attack and scenario."""
+    """A row that was measured, as crafted, beside the paper's for the same kind of defense, attack and scenario.
+
+    The paper fits each defense anew on the very attack that it is tested on. ``measured_interval`` is that of the first
+    noise, over ``measured_of`` images, and ``untrusted`` says whether the row fails a sanity check.
+    """
 
     defense: str
     method: str
@@ -21,8 +26,11 @@ class PublishedRow:
     attack: str
     published_resisted: float | None
     measured_resisted: float | None
+    measured_interval: Interval | None
+    measured_of: int
     published_auc: float | None
     measured_auc: float | None
+    untrusted: bool
 
 
 def beside_published(
@@ -53,8 +61,11 @@ def _compared(
                 row.attack,
                 _number(found["resisted"]),
                 None if row.resisted is None else row.resisted.mean,
+                None if row.resisted is None else row.resisted.interval,
+                row.fooling if row.scenario == "A" else row.attempted,
                 _number(found["auc"]),
                 row.auc,
+                bool(row.untrusted),
             )
 
 

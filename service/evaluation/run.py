@@ -11,8 +11,10 @@ from defenses.attacks.shards import ExampleCache, code_version
 from defenses.coophance import Regulator
 from defenses.detector import NoDetector
 from defenses.evaluation import Progress
+from defenses.evaluation.meter import DefenseResult, Sample
 from defenses.evaluation.plan import EvaluationPlan
-from defenses.evaluation.run import DefenseResult, Evaluation, Sample
+from defenses.evaluation.run import Evaluation
+from defenses.evaluation.substitutes import QueryImages
 from service.datasets import Dataset
 from service.evaluate import in_seeded_order
 from service.evaluation.document import SCHEMA, DefenseReport, EvaluationReport
@@ -43,11 +45,12 @@ def evaluate_defenses(
 ) -> Evaluated:
     """Evaluate versions of one classifier on a data set's test split, and keep what is crafted in ``cache``.
 
+    Substitutes learn from what the defenses answer to the fit split, and are measured on the validation split.
     The defenses are moved to the device, and their confusion layers switched as the plan says. What is kept there
     already is not crafted again; after ``minutes`` nothing more is begun, and the report is not complete. The same plan
     on the same machine gives the same report but for its times. Raises ``AttackUnknown`` and ``SweepUnclear`` before
-    anything is computed, what the attacks raise, ``StageNotKept``, and ``ValueError`` for a classifier that gets
-    nothing right.
+    anything is computed, what the attacks and ``distil`` raise, ``StageNotKept``, and ``ValueError`` for a classifier
+    that gets nothing right.
     """
     plan.parsed()
     deadline = float("inf") if minutes is None else time.monotonic() + 60 * minutes
@@ -65,6 +68,7 @@ def evaluate_defenses(
         plan,
         *in_seeded_order(dataset.test, plan.seed),
         device,
+        QueryImages(torch.from_numpy(dataset.fit.images), torch.from_numpy(dataset.validation.images)),
     )
     result = evaluation.run(ExampleCache(cache), deadline=deadline, progress=progress)
     manifest = first.classifier.manifest

@@ -48,12 +48,15 @@ class Subject:
 
     @property
     def method(self) -> str:
-        """How the defense was made: coophance, nip, the method of a baseline, or none."""
+        """How the defense was made: coophance, nip, the method of a baseline, adversarial-training, or none."""
         manifest = self.manifest
         plan = manifest.options.get("plan")
         if manifest.kind == "baseline" and isinstance(plan, dict):
             return str(plan["method"])
-        return "none" if manifest.parent is None else manifest.kind
+        if manifest.parent is not None:
+            return manifest.kind
+        # A classifier that is on record with the data it was trained on was trained here, adversarially.
+        return "none" if manifest.data is None else "adversarial-training"
 
 
 def load_subjects(store: Store, names: Sequence[str]) -> tuple[Subject, ...]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from defenses.evaluation.run import Sample
+from defenses.evaluation.meter import Sample
 from service.evaluation.document import DefenseReport, EvaluationReport
 from service.evaluation_report.tables import by_name
 from service.report_parts.pictures import difference_picture, picture

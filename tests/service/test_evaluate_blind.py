@@ -6,6 +6,8 @@ import re
 import signal
 import socket
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,9 +28,9 @@ from defenses.baselines.additive_noise import AdditiveNoise
 from defenses.detector import NoDetector
 from defenses.evaluation import plan as plans
 from defenses.evaluation import sanity
-from defenses.evaluation.crafting import QueryImages
 from defenses.evaluation.plan import EvaluationPlan, suits
 from defenses.evaluation.run import Evaluation, EvaluationResult
+from defenses.evaluation.substitutes import QueryImages
 from defenses.nip import substitute_training
 from defenses.nip.substitute import ANSWERS, TooFewImages
 from defenses.nip.substitute_training import TRAINING
@@ -368,6 +370,35 @@ def test_a_substitute_that_was_killed_in_training_is_taken_up_where_it_was(
         assert not [done for stage, done in seen if stage == ANSWERS], "what was answered is not asked again"
         assert {scenario: rows_of(again, scenario) for scenario in whole} == whole
         seen.clear()
+
+
+def test_the_command_line_trains_substitutes_on_the_fit_split_and_goes_on_when_killed(attacked_store, tmp_path):
+    asked = ["--scenario", "transfer", "--attack", FGSM, "--queries", "100", "--limit", "20", "--no-checks", "--json"]
+    words = ["evaluate", "digits@2", "--data", "digits", "--store", str(attacked_store), *asked, "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    kept = tmp_path / "kept"
+    command = [sys.executable, "-c", "from service.cli import app; app()", *words, "--cache", str(kept)]
+    running = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not list(kept.glob(f"*/*/{ANSWERS}.safetensors")) and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    running.kill()
+    _, errors = running.communicate()
+    assert running.returncode == -signal.SIGKILL, errors.decode()
+    (answers,) = kept.glob(f"*/*/{ANSWERS}.safetensors")
+    answered = answers.stat().st_mtime_ns
+    reports = []
+    for cache in (kept, tmp_path / "elsewhere"):
+        result = CliRunner().invoke(app, [*words, "--cache", str(cache)])
+        assert result.exit_code == 0, result.output
+        reports.append(json.loads(result.output))
+    assert answers.stat().st_mtime_ns == answered
+    rows = [[{**row, "seconds_per_image": None} for row in report["rows"]] for report in reports]
+    assert rows[0] == rows[1]
+    assert [row["scenario"] for row in rows[0]] == ["transfer", "transfer"]
+    assert (rows[0][0]["substitute"]["queries"], reports[0]["plan"]["queries"]) == (100, 100)
+    shown = CliRunner().invoke(app, [*words[:-3], *words[-2:], "--cache", str(kept)])
+    assert "crafted on a substitute of the defense" in told(shown.output)
 
 
 def test_images_to_ask_about_are_wanted_and_enough_of_them(evaluation_of, few_epochs, dataset, tmp_path):

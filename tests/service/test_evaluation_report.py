@@ -59,7 +59,9 @@ PLAN = EvaluationPlan(
     noise_seeds=2,
     lottery=2,
 )
-PUBLISHED = PublishedRow("digits@2", "lid", "A", "fgsm:epsilon=48/255", 0.9235, 0.875, 0.9852, None)
+PUBLISHED = PublishedRow(
+    "digits@2", "lid", "A", "fgsm:epsilon=48/255", 0.9235, 0.875, (0.6, 0.97), 16, 0.9852, None, untrusted=True
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
