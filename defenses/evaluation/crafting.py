@@ -76,11 +76,12 @@ class Workshop:
 
         ``substitutes`` are those of the defenses by name; where one lacks, so does what is crafted on it.
         """
-        works = dict(self._checked()) if self.plan.checks else {}
-        works |= self._measured()
+        works = dict(self._measured())
         for each in self.crafted:
             for name, substitute in substitutes.items() if suits(each, "transfer") else ():
                 works[Work(RESULT, "transfer", each.name, name)] = self._on_substitute(each, substitute)
+        for work, crafting in self._checked() if self.plan.checks else ():
+            works.setdefault(work, crafting)
         return works
 
     def _measured(self) -> Iterator[tuple[Work, Crafting]]:

@@ -420,7 +420,8 @@ def test_a_substitute_is_told_beside_what_was_crafted_on_it(browser, evaluated):
 
 
 def test_the_paper_stands_beside_what_was_measured(page, evaluated):
-    assert cells(page, "paper")[1] == ["lid digits@2", "A", PLAN.attacks[0], "92.3 %", "87.5 %", "0.9852", "-"]
+    measured = "87.5 % (60.0 % to 97.0 %, of 16) untrusted"
+    assert cells(page, "paper")[1] == ["lid digits@2", "A", PLAN.attacks[0], "92.3 %", measured, "0.9852", "-"]
     assert 'id="paper"' not in render(Evaluated(clean_alone(evaluated), ()))
 
 
