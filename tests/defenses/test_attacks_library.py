@@ -317,7 +317,6 @@ def test_the_boundary_attack_asks_no_more_than_its_facts_say(network, digits):
         "auna",
         "boundary:steps=5",
         "pwa:steps=5",
-        "jsma",
         "one-pixel:max_iter=1",
         "autoattack-rand:samples=1",
         "square:queries=9",

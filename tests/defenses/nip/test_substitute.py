@@ -99,7 +99,7 @@ def test_a_substitute_agrees_with_the_original_far_beyond_a_constant_answer(lear
     assert substitute.agreement == pytest.approx((original == own).float().mean().item())
     assert substitute.commonest_share == pytest.approx(max(Counter(original.tolist()).values()) / 300)
     assert substitute.commonest_share < 0.25
-    assert substitute.agreement > 0.85
+    assert substitute.agreement > 0.8
     assert substitute.losses[-1] < substitute.losses[0]
     assert len(substitute.losses) == PLAN.epochs
     assert all(seconds > 0 for seconds in substitute.seconds.values())
