@@ -161,9 +161,12 @@ def _attack_table(scenario: Scenario, form: Form, rows: Sequence[AttackResult]) 
     return table
 
 
-def _check_table(checks: Sequence[Check]) -> Table:
+def _check_table(checks: Sequence[Check]) -> RenderableType:
     failed = [check for check in checks if not check.passed]
-    table = _plain_table(f"sanity checks: {len(checks) - len(failed)} of {len(checks)} passed")
+    title = f"sanity checks: {len(checks) - len(failed)} of {len(checks)} passed"
+    if not failed:
+        return title
+    table = _plain_table(title)
     table.add_column("failed", overflow="fold")
     table.add_column("", overflow="fold")
     for check in failed:
