@@ -50,16 +50,14 @@ class HttpVictim(nn.Module):
 
     Each image is sent rounded to 8 bits, as a file would hold it, ``batch_size`` at most in a request. The logits
     (N, ``classes`` + 1) are 1 for the class told and 0 for the others; the last stands for no answer: the class was
-    withheld, or the image alerted, unless ``alerts_count`` as answers. To an attack that looks for another class than
+    withheld, or the image alerted. To an attack that looks for another class than
     the true one this last one would be just that: see ``facing``. ``queries`` counts the images sent.
     """
 
-    def __init__(
-        self, client: Client, model: str, classes: int, *, alerts_count: bool = False, batch_size: int = 32
-    ) -> None:
+    def __init__(self, client: Client, model: str, classes: int, *, batch_size: int = 32) -> None:
         super().__init__()
         self.client, self.model, self.classes = client, model, classes
-        self.alerts_count, self.batch_size = alerts_count, batch_size
+        self.batch_size = batch_size
         self.queries = 0
         self.eval()
 
@@ -77,9 +75,7 @@ class HttpVictim(nn.Module):
         index = torch.from_numpy(told.class_index)
         if (index >= self.classes).any():
             raise AnswerBeyondClasses(self.model, self.classes, int(index.max()))
-        silent = index < 0
-        if not self.alerts_count:
-            silent |= torch.from_numpy(told.alerted)
+        silent = (index < 0) | torch.from_numpy(told.alerted)
         answered = index.masked_fill(silent, self.classes)
         return F.one_hot(answered, self.classes + 1).to(x.device, x.dtype)
 
