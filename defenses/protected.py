@@ -109,14 +109,16 @@ class ProtectedClassifier(nn.Module):
 
     def _look(self, x: Tensor, x_purified: Tensor, raw: Pass) -> Evidence:
         layers, inspects = self.detector.layers, self.detector.inspects
-        purified = self._pass(x_purified, *self._watched("purified"))
+        watched = self._watched("purified")
+        unchanged = x_purified is x and not watched
+        purified = raw if unchanged else self._pass(x_purified, *watched)
         if not layers:
             activations = _nothing(x)
         elif inspects == "views":
             activations = self._views(x)
         else:
-            watched = raw if inspects == "raw" else purified
-            activations = _joined([watched.activations[layer] for layer in layers])
+            seen = raw if inspects == "raw" else purified
+            activations = _joined([seen.activations[layer] for layer in layers])
         distance = (x_purified - x).flatten(1).norm(dim=1)
         return Evidence(activations, purified.logits, raw.logits, distance)
 

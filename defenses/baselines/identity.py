@@ -9,4 +9,4 @@ class Identity(Purifier):
     """Map each image to itself."""
 
     def forward(self, x: Tensor, noise_scale: Tensor) -> Tensor:
-        return x.clone()
+        return x
