@@ -6,7 +6,12 @@ ARGS ?=
 # Threads that spin while they wait slow everything else on a machine with few cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint bench
+# The images of load tests, of the demonstration's digits unless a file is named.
+IMAGES ?= var/bench/images.npz
+HOST ?= http://127.0.0.1:8000
+LOCUST = $(VENV)/bin/locust --headless --only-summary --host $(HOST) --images $(IMAGES)
+
+.PHONY: demo test lint bench smoke soak spike overload endurance
 
 demo: $(READY)
 	$(VENV)/bin/portcullis demo $(ARGS)
@@ -21,8 +26,19 @@ lint: $(READY)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-bench: $(READY)
-	$(VENV)/bin/python -m loadtest.bench $(ARGS)
+bench: $(READY) $(IMAGES)
+	$(VENV)/bin/python -m loadtest.bench --images $(IMAGES) $(ARGS)
+
+# Against a gateway that runs already, at HOST.
+smoke soak spike: $(READY) $(IMAGES)
+	$(LOCUST) -f loadtest/profiles/$@.py $(ARGS)
+
+# Each starts a gateway of its own: ARGS='NAME --store ...'.
+overload endurance: $(READY) $(IMAGES)
+	$(VENV)/bin/python -m loadtest.$@ --images $(IMAGES) $(or $(ARGS),digits)
+
+var/bench/images.npz: | $(READY)
+	$(VENV)/bin/python -m loadtest.image_sets digits --data digits --output $@
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

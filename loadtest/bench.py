@@ -1,105 +1,228 @@
-"""Time the protected pipeline beside the bare classifier: `make bench` prints JSON.
+"""Everything that is compared, side by side in one run: `make bench`, or `python -m loadtest.bench NAME@VERSION ...`.
 
-The graphs run on ONNX Runtime in one process, in turns, on the same images; the ratios of their medians are what to
-quote, since absolute times vary with the machine. Where a version corrects what it alerts, its first graph is timed as
-`protected` and the second one, which runs on alerted images alone, as `corrected`. Multiply-adds are counted on the
-graphs' convolutions and matrix products, so that the ratio has something to be held against.
+Four phases, each of which can be chosen alone: `compute`, the protected pipelines beside the bare classifier in one
+process; `servers`, other inference servers serving the bare classifier beside the gateway serving it bare and
+protected; `art`, the defenses of the Adversarial Robustness Toolbox in plain Python; `gateway`, what the gateway itself
+adds to decoding and computing. Absolute times vary with the machine: quote the ratios. What was measured is written
+as JSON after every phase, and as a page beside it.
 """
 
 import json
-import platform
-import statistics
+import shlex
 import sys
-import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
-import onnx
-import onnxruntime
+import torch
 import typer
-from onnx import numpy_helper, shape_inference
 
-from model_store import Store, parse_reference
-from service.engine import Engine, outputs_of, pruned
+from loadtest.art_defenses import art_comparison
+from loadtest.bench_page import page
+from loadtest.compute import computation
+from loadtest.contenders import Contender, gateways
+from loadtest.environments import PeerUnavailable, own_versions
+from loadtest.image_sets import ImageSet
+from loadtest.own_cost import own_cost
+from loadtest.racing import best_settings, race, ratios
+from loadtest.rivals import REQUIREMENTS, environment_of, rivals
+from model_store import Fetched, Store, parse_reference
+from service.cli.common import failures_told
+from service.hardware import hardware
 from service.repository import MODELS
-from service.served import CORRECTION, GRAPH
+from service.served import GRAPH
 
-BATCHES = (1, 32)
-ANSWERED = ("logits", "score", "alert")
-"""What is asked of a protected graph, as far as it is there."""
+OWN = "Portcullis"
+LEAST_REQUESTS = 500
+"""Below it the processor time of a request drowns in the ticks in which the system counts it."""
+
+
+class Phase(StrEnum):
+    """What can be compared."""
+
+    COMPUTE = "compute"
+    SERVERS = "servers"
+    ART = "art"
+    GATEWAY = "gateway"
+
+
+class NothingProtected(ValueError):
+    """A version that is to be compared with the bare classifier has no defense."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(f"{name} has no defense; expected a version that `portcullis fit` published.")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared and how thoroughly.
+
+    ``versions`` are by what they are called, the bare classifier first; ``concurrencies``, ``seconds`` and ``rounds``
+    are of the servers, ``turns`` of the computation.
+    """
+
+    store: Path
+    versions: Mapping[str, Fetched]
+    images: np.ndarray
+    peers: tuple[str, ...]
+    environments: Path
+    concurrencies: tuple[int, ...]
+    seconds: float
+    rounds: int
+    turns: int
+    batch: int
+    told: Callable[[str], None]
+
+    @property
+    def bare(self) -> Fetched:
+        """The classifier without a defense."""
+        return self.versions["bare"]
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="A protected model, as NAME or NAME@VERSION.")] = "digits",
+    models: Annotated[list[str] | None, typer.Argument(help="Protected versions, as NAME or NAME@VERSION.")] = None,
     store: Annotated[Path, typer.Option(help="Folder of the model store.")] = Path("var/demo/store"),
-    rounds: Annotated[int, typer.Option(help="Turns of each graph at each batch size.", min=3)] = 60,
+    images: Annotated[Path, typer.Option(help="Images, from python -m loadtest.image_sets.")] = Path(
+        "var/bench/images.npz"
+    ),
+    phase: Annotated[list[Phase] | None, typer.Option(help="What to compare.", show_default="all")] = None,
+    peer: Annotated[list[str] | None, typer.Option(help="Other servers.", show_default=", ".join(REQUIREMENTS))] = None,
+    concurrency: Annotated[list[int] | None, typer.Option(help="Requests in flight.", show_default="1, 16, 64")] = None,
+    seconds: Annotated[float, typer.Option(help="How long each load lasts.", min=0.5)] = 5,
+    rounds: Annotated[int, typer.Option(help="How often each server has its turn.", min=1)] = 3,
+    turns: Annotated[int, typer.Option(help="Turns of each graph at each batch size.", min=3)] = 60,
+    batch: Annotated[int, typer.Option(help="The most images that a server computes at once.", min=1)] = 32,
+    output: Annotated[Path, typer.Option(help="Where bench.json and bench.html are written.")] = Path("var/bench"),
 ) -> None:
-    """Compare a protected version with the bare classifier it was fitted for."""
-    models = Store.open(store / MODELS)
-    protected = models.fetch(*parse_reference(model))
-    parent = protected.manifest.parent
-    if parent is None:
-        typer.echo(f"{model} has no defense; expected a version that `portcullis fit` published.", err=True)
-        raise typer.Exit(1)
-    bare = models.fetch(parent.name, parent.version)
-    graphs = {"bare": bare.folder / GRAPH, "protected": protected.folder / GRAPH}
-    if CORRECTION in protected.manifest.files:
-        graphs["corrected"] = protected.folder / CORRECTION
-    present = outputs_of(graphs["protected"])
-    outputs = {"bare": ["logits"], "protected": [name for name in ANSWERED if name in present], "corrected": ["logits"]}
-    engines = {name: Engine(path, outputs[name]) for name, path in graphs.items()}
-    shape, classes = protected.manifest.input.shape, len(protected.manifest.labels)
-    result = {
-        "command": " ".join(["python -m loadtest.bench", *sys.argv[1:]]),
-        "model": f"{protected.manifest.name}@{protected.manifest.version}",
-        "machine": {"processor": platform.machine(), "python": platform.python_version()},
-        "onnxruntime": onnxruntime.__version__,
-        "multiply_adds": {name: multiply_adds(pruned(path, outputs[name])) for name, path in graphs.items()},
-        "milliseconds": {str(batch): compare(engines, (batch, *shape), classes, rounds) for batch in BATCHES},
+    """Compare protected versions with the bare classifier they were fitted for, and with what else serves it."""
+    with failures_told():
+        plan = Plan(
+            store=store,
+            versions=versions_of(Store.open(store / MODELS), models or ["digits"]),
+            images=ImageSet.read(images).clean,
+            peers=tuple(peer or REQUIREMENTS),
+            environments=output / "environments",
+            concurrencies=tuple(concurrency or (1, 16, 64)),
+            seconds=seconds,
+            rounds=rounds,
+            turns=turns,
+            batch=batch,
+            told=partial(typer.echo, err=True),
+        )
+        output.mkdir(parents=True, exist_ok=True)
+        result = run(plan, tuple(phase or Phase), output)
+    typer.echo(f"{output / 'bench.json'} and {output / 'bench.html'}: {', '.join(result['phases'])}.")
+
+
+def versions_of(models: Store, names: list[str]) -> dict[str, Fetched]:
+    """Return the bare classifier and the protected versions named, by what the tables call them.
+
+    Raises ``NothingProtected``, and ``ValueError`` where they were fitted for different classifiers.
+    """
+    protected = {name: models.fetch(*parse_reference(name)) for name in names}
+    parents = {}
+    for name, fetched in protected.items():
+        if fetched.manifest.parent is None:
+            raise NothingProtected(name)
+        parents[fetched.manifest.parent.name, fetched.manifest.parent.version] = name
+    if len(parents) > 1:
+        raise ValueError(f"Expected versions of one classifier, got {len(parents)}: {', '.join(protected)}.")
+    called = {f"{f.manifest.kind} @{f.manifest.version}": f for f in protected.values()}
+    return {"bare": models.fetch(*next(iter(parents))), **called}
+
+
+def run(plan: Plan, phases: tuple[Phase, ...], output: Path) -> dict[str, Any]:
+    """Run the phases in order, write what each showed as soon as it is there, and return all of it."""
+    result: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "loadtest.bench", *sys.argv[1:]]),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": hardware(torch.device("cpu")),
+        "installed": own_versions(),
+        "versions": {
+            name: f"{fetched.manifest.name}@{fetched.manifest.version} {fetched.digest}"
+            for name, fetched in plan.versions.items()
+        },
+        "phases": {},
     }
-    typer.echo(json.dumps(result, indent=2))
+    for phase in phases:
+        result["phases"][phase.value] = RUN[phase](plan)
+        (output / "bench.json").write_text(json.dumps(result, indent=1))
+        (output / "bench.html").write_text(page(result))
+    return result
 
 
-def compare(
-    engines: dict[str, Engine], shape: tuple[int, ...], classes: int, rounds: int
-) -> dict[str, float | dict[str, float]]:
-    """Return the median milliseconds of each engine, taken in turns, and their ratios to the bare one's."""
-    images = np.random.default_rng(0).random(shape, np.float32)
-    logits = np.zeros((len(images), classes), np.float32)
-    inputs = {name: {"image": images} for name in engines}
-    if "corrected" in engines:
-        inputs["corrected"] = {"purified": images, "undefended_logits": logits}
-    times: dict[str, list[float]] = {name: [] for name in engines}
-    for turn in range(rounds + 3):
-        for name, engine in engines.items():
-            start = time.perf_counter()
-            engine.feed(**inputs[name])
-            if turn >= 3:
-                times[name].append(1000 * (time.perf_counter() - start))
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    ratios = {name: median / medians["bare"] for name, median in medians.items() if name != "bare"}
-    return {**medians, "ratio": ratios}
+def compute(plan: Plan) -> dict[str, Any]:
+    """Compare computation in one thread."""
+    protected = {name: fetched for name, fetched in plan.versions.items() if name != "bare"}
+    compared = {}
+    for name, fetched in protected.items():
+        plan.told(f"computation of {name}")
+        compared[name] = computation(fetched, plan.bare, turns=plan.turns)
+    return compared
 
 
-def multiply_adds(graph: onnx.ModelProto) -> int:
-    """Count the multiply-adds of one image in the graph's convolutions and matrix products with weights."""
-    graph = shape_inference.infer_shapes(graph)
-    weights = {tensor.name: numpy_helper.to_array(tensor).shape for tensor in graph.graph.initializer}
-    shapes = {
-        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        for value in (*graph.graph.value_info, *graph.graph.output)
+def servers(plan: Plan) -> dict[str, Any]:
+    """Compare servers; one that cannot be installed is named with the reason."""
+    contenders: list[Contender] = []
+    for name, fetched in plan.versions.items():
+        manifest = fetched.manifest
+        contenders += gateways(plan.store, f"{OWN} {name}", manifest.name, manifest.version, max_batch=plan.batch)
+    installed: dict[str, list[str]] = {}
+    failures: dict[str, str] = {}
+    for peer in plan.peers:
+        environment = environment_of(peer, plan.environments)
+        plan.told(f"installing {peer}")
+        try:
+            environment.install()
+        except PeerUnavailable as error:
+            failures[peer] = str(error)
+            continue
+        installed[peer] = environment.versions()
+        contenders += rivals(peer, environment, plan.bare.folder / GRAPH, plan.batch)
+    raced = race(
+        contenders,
+        plan.images,
+        concurrencies=plan.concurrencies,
+        seconds=plan.seconds,
+        rounds=plan.rounds,
+        told=plan.told,
+    )
+    best = best_settings(raced["runs"])
+    own = [f"{OWN} {name}" for name in plan.versions]
+    return {
+        "seconds": plan.seconds,
+        "rounds": plan.rounds,
+        "installed": installed,
+        "failures": failures | raced["failures"],
+        "best": best,
+        "ratios": ratios(best, own),
+        "runs": raced["runs"],
     }
-    weights = {**shapes, **weights}  # those of a derivative are computed in the graph
-    total = 0
-    for node in graph.graph.node:
-        if node.op_type == "Conv":
-            total += int(np.prod(weights[node.input[1]])) * int(np.prod(shapes[node.output[0]][2:]))
-        elif node.op_type == "ConvTranspose":
-            total += int(np.prod(weights[node.input[1]])) * int(np.prod(shapes[node.input[0]][2:]))
-        elif node.op_type in ("Gemm", "MatMul") and node.input[1] in weights:
-            total += int(np.prod(weights[node.input[1]]))
-    return total
+
+
+def art(plan: Plan) -> dict[str, Any]:
+    """Compare ART's defenses."""
+    return art_comparison(plan.versions, plan.images, turns=plan.turns, told=plan.told)
+
+
+def gateway(plan: Plan) -> dict[str, Any]:
+    """Measure what the gateway itself costs."""
+    requests = max(LEAST_REQUESTS, int(200 * plan.seconds))
+    return own_cost(plan.store, dict(plan.versions), plan.images, requests=requests, rounds=plan.rounds, told=plan.told)
+
+
+RUN: Mapping[Phase, Callable[[Plan], dict[str, Any]]] = {
+    Phase.COMPUTE: compute,
+    Phase.SERVERS: servers,
+    Phase.ART: art,
+    Phase.GATEWAY: gateway,
+}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -24,15 +25,20 @@ from service.alerts import (
 )
 from service.batching import BatcherClosed, QueueFull
 from service.body_limit import BodyLimit, BodyTooLarge
+from service.deadlines import RequestTimedOut
+from service.decoding import DecodeQueueFull, Decoder
+from service.departures import Departures
+from service.direct import DirectApp
 from service.disclosure import OutputUnknown, OutputWithheld
-from service.engine import check_device
-from service.gateway import Gateway, RequestTimedOut
+from service.engines.opening import check_engine
+from service.gateway import Gateway
 from service.images import ImageRefused, TensorRefused
 from service.metrics import Metrics
 from service.oip import OipMalformed
 from service.repository import ModelNotFound, ModelUnavailable, Repository
 from service.routes import alerts, images, open_inference
 from service.routes.alerts import OperatorsOnly
+from service.routes.dependencies import TimeoutMalformed
 from service.schemas import ErrorBody
 from service.served import DefenseFailed
 from service.settings import Settings
@@ -52,7 +58,9 @@ STATUS: Mapping[type[Exception], int] = {
     AlertNotFound: 404,
     ImageNotKept: 404,
     BodyTooLarge: 413,
+    TimeoutMalformed: 400,
     QueueFull: 429,
+    DecodeQueueFull: 429,
     AlertQueueFull: 429,
     AlertLogUnavailable: 503,
     AlertWriterStopped: 503,
@@ -66,12 +74,12 @@ STATUS: Mapping[type[Exception], int] = {
 RETRY_AFTER_SECONDS = 1
 
 
-def create_app(settings: Settings) -> FastAPI:
+def create_app(settings: Settings) -> DirectApp:
     """Build the gateway for these settings; models are loaded when it starts."""
 
     @asynccontextmanager
     async def running(app: FastAPI) -> AsyncIterator[None]:
-        await asyncio.to_thread(check_device, settings.device)
+        await asyncio.to_thread(check_engine, settings)
         metrics = Metrics()
         log = await AlertLog.open(settings.database)
         vault = Vault(settings.inputs, settings.inputs_max_bytes, timedelta(days=settings.inputs_max_days))
@@ -84,7 +92,10 @@ def create_app(settings: Settings) -> FastAPI:
         )
         metrics.alert_queue_depth.set_function(lambda: writer.depth)
         repository = Repository(settings, metrics)
-        app.state.gateway = Gateway(settings, metrics, repository, log, vault, writer)
+        departures = Departures()
+        decoder = Decoder(os.cpu_count() or 1, settings.queue_decodes)
+        app.state.gateway = Gateway(settings, metrics, repository, log, vault, writer, decoder, departures)
+        watching = asyncio.create_task(departures.watch(), name="look after clients that leave")
         await writer.start()
         loading = asyncio.create_task(repository.load(), name="load the models")
         loading.add_done_callback(_report)
@@ -93,12 +104,15 @@ def create_app(settings: Settings) -> FastAPI:
         finally:
             await asyncio.gather(loading, return_exceptions=True)
             await repository.stop()
+            decoder.close()
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
             try:
                 await writer.stop(settings.shutdown_seconds)
             finally:
                 await log.close()
 
-    app = FastAPI(
+    app = DirectApp(
         title="Portcullis",
         version=VERSION,
         description="An inference-time defense gateway for image classifiers.",
@@ -109,6 +123,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(open_inference.router)
     app.include_router(images.router)
     app.include_router(alerts.router)
+    app.answer_directly("/v1/models/{model}/predict", images.predict)
+    app.answer_directly("/v2/models/{model}/infer", open_inference.infer)
+    app.answer_directly("/v2/models/{model}/versions/{version}/infer", open_inference.infer)
 
     @app.get("/metrics", tags=["operation"], response_class=Response)
     async def metrics(request: Request) -> Response:

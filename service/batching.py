@@ -1,17 +1,26 @@
 """Dynamic batching: whoever waits while the model is busy is computed together next."""
 
 import asyncio
+import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from time import perf_counter
-from typing import Self
+from time import monotonic
+from typing import Generic, Protocol, Self, TypeVar
 
 import numpy as np
 
-from service.engine import Answers
-from service.metrics import Metrics
+from service.metrics import Metrics, Timed
+
+
+class Rows(Protocol):
+    """What a model says of N images, of which some rows can be taken."""
+
+    def __getitem__(self, rows: slice) -> Self: ...
+
+
+A = TypeVar("A", bound=Rows)
 
 
 class QueueFull(RuntimeError):
@@ -28,138 +37,208 @@ class BatcherClosed(RuntimeError):
         super().__init__(f"Model {model!r} is stopping and takes no more images.")
 
 
-@dataclass(frozen=True, eq=False)
-class _Waiting:
+@dataclass(slots=True, eq=False)
+class _Request:
+    deadline: float
+    since: float = field(default_factory=monotonic)
+    error: Exception | None = None
+    """Why none of its pieces need be computed any more."""
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting(Generic[A]):
     images: np.ndarray
-    answer: asyncio.Future[Answers]
-    since: float = field(default_factory=perf_counter)
+    answer: asyncio.Future[A]
+    request: _Request
 
 
-class Batcher:
-    """Gather the images of concurrent requests into batches for one model.
+class Batcher(Generic[A]):
+    """Gather the images of concurrent requests into batches for one model, and compute them in a thread of its own.
 
-    A lone request never waits for company: a batch is whatever waits when the model becomes free, at most
-    ``max_batch`` images of whole requests; a larger request is split by ``submit``. When a batch fails, each of its
-    requests is computed alone, so that nobody gets an error for a neighbour's input.
+    A batch is whatever waits when the model becomes free, at most ``max_batch`` images of whole requests; a larger
+    request is split by ``submit``. A lone request never waits for company: a batch that is not full waits, at most
+    ``longest_wait`` seconds from its oldest image's arrival, only while other requests are being decoded (``coming``).
+    When a batch fails, each of its requests is computed alone, so that nobody gets an error for a neighbour's input.
     """
 
     def __init__(
         self,
         model: str,
-        predict: Callable[[np.ndarray], Answers],
+        predict: Callable[[np.ndarray], A],
         *,
         max_batch: int,
         capacity: int,
+        longest_wait: float,
         metrics: Metrics,
     ) -> None:
         self.model = model
         self.max_batch = max_batch
         self.capacity = capacity
+        self.longest_wait = longest_wait
         self._predict = predict
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[_Waiting[A]] = deque()
         self._depth = 0
-        self._arrived = asyncio.Event()
+        self._coming = 0
         self._closed = False
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"model-{model}")
-        self._metrics = metrics
-        self._worker: asyncio.Task[None] | None = None
+        self._changed = threading.Condition()
+        self._telling = False
+        self._thread = threading.Thread(target=self._work, name=f"model-{model}", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._seconds, self._queued = metrics.stages["purify_classify_inspect"], metrics.stages["queue"]
+        self._sizes, self._gauge = metrics.batch_size.labels(model), metrics.queue_depth.labels(model)
 
     def start(self) -> Self:
         """Start to take batches; call within a running event loop."""
-        self._worker = asyncio.create_task(self._work(), name=f"batches of {self.model}")
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
         return self
 
-    async def submit(self, images: np.ndarray) -> list[Answers]:
+    def check_room(self, images: int) -> None:
+        """Raise what ``submit`` would raise now, before work is spent on images that cannot be taken."""
+        if self._closed:
+            raise BatcherClosed(self.model)
+        depth = self._depth
+        if depth and depth + images > self.capacity:
+            raise QueueFull(self.model, depth, self.capacity)
+
+    @contextmanager
+    def coming(self) -> Iterator[None]:
+        """Say that a request is being decoded within the block: company that a batch may wait for."""
+        self._coming += 1
+        try:
+            yield
+        finally:
+            self._coming -= 1
+            self._tell_soon()
+
+    async def submit(self, images: np.ndarray, deadline: float = float("inf")) -> list[A]:
         """Return the answers for one request's images (N, C, H, W), in order, in pieces of at most ``max_batch``.
 
         Raises ``QueueFull`` when the images do not fit behind those that wait already (an idle model takes a request
-        of any size), ``BatcherClosed`` after ``stop``, and what the model raises on these images.
+        of any size), ``BatcherClosed`` after ``stop``, ``TimeoutError`` for what still waits when the model gets to it
+        after ``deadline``, a time of ``time.monotonic``, and what the model raises on these images.
         """
-        if self._closed:
-            raise BatcherClosed(self.model)
-        if self._depth and self._depth + len(images) > self.capacity:
-            raise QueueFull(self.model, self._depth, self.capacity)
-        loop = asyncio.get_running_loop()
-        pieces = [
-            _Waiting(images[start : start + self.max_batch], loop.create_future())
-            for start in range(0, len(images), self.max_batch)
-        ]
-        self._waiting.extend(pieces)
-        self._count(len(images))
-        self._arrived.set()
+        self.check_room(len(images))
+        request, new_answer = _Request(deadline), asyncio.get_running_loop().create_future
+        if len(images) <= self.max_batch:
+            pieces = [_Waiting(images, new_answer(), request)]
+        else:
+            starts = range(0, len(images), self.max_batch)
+            pieces = [_Waiting(images[start : start + self.max_batch], new_answer(), request) for start in starts]
+        with self._changed:
+            self._waiting.extend(pieces)
+            self._depth += len(images)
+        self._gauge.inc(len(images))
+        self._tell_soon()
         try:
-            return await asyncio.gather(*(piece.answer for piece in pieces))
-        finally:
+            if len(pieces) == 1:
+                return [await pieces[0].answer]
+            answers: list[A] = await asyncio.gather(*(piece.answer for piece in pieces))
+            return answers
+        except BaseException:
             self._withdraw(pieces)
+            raise
 
     async def stop(self) -> None:
         """Refuse further images, answer those that were taken, and end."""
         self._closed = True
-        self._arrived.set()
-        if self._worker is not None:
-            await self._worker
-        self._thread.shutdown()
+        self._tell()
+        if self._thread.ident is not None:
+            await asyncio.to_thread(self._thread.join)
 
-    async def _work(self) -> None:
-        while True:
-            await self._arrived.wait()
-            batch = self._next_batch()
-            if batch:
-                await self._answer(batch)
-            elif self._closed:
-                return
-            else:
-                self._arrived.clear()
+    def _tell_soon(self) -> None:
+        """Wake the thread once everything that the event loop has at hand has been looked at: it comes together."""
+        if not self._telling:
+            self._telling = True
+            asyncio.get_running_loop().call_soon(self._tell)
 
-    def _withdraw(self, pieces: Sequence[_Waiting]) -> None:
+    def _tell(self) -> None:
+        self._telling = False
+        with self._changed:
+            self._changed.notify()
+
+    def _withdraw(self, pieces: Sequence[_Waiting[A]]) -> None:
         """Take out of the queue what still waits of a request that was cancelled or has failed."""
-        for piece in pieces:
-            if piece in self._waiting:
-                self._waiting.remove(piece)
-                self._count(-len(piece.images))
+        left = 0
+        with self._changed:
+            for piece in pieces:
+                if piece in self._waiting:
+                    self._waiting.remove(piece)
+                    left += len(piece.images)
+            self._depth -= left
+        self._gauge.dec(left)
 
-    def _next_batch(self) -> list[_Waiting]:
-        batch: list[_Waiting] = []
-        size = 0
+    def _work(self) -> None:
+        """Compute batches, in the thread, until the batcher is closed and nothing waits."""
+        while batch := self._next_batch():
+            self._answer(batch)
+
+    def _next_batch(self) -> list[_Waiting[A]]:
+        with self._changed:
+            while True:
+                self._wait_for_images()
+                if not self._waiting:
+                    return []
+                if batch := self._taken():
+                    return batch
+
+    def _wait_for_images(self) -> None:
+        while not self._waiting and not self._closed:
+            self._changed.wait()
+        while self._waiting and self._coming and not self._closed and self._depth < self.max_batch:
+            left = self._waiting[0].request.since + self.longest_wait - monotonic()
+            if left <= 0:
+                return
+            self._changed.wait(left)
+
+    def _taken(self) -> list[_Waiting[A]]:
+        """Take the next batch off the queue; what is over, by its deadline or another piece's error, is left out."""
+        batch: list[_Waiting[A]] = []
+        size, left, now = 0, 0, monotonic()
         while self._waiting and (not batch or size + len(self._waiting[0].images) <= self.max_batch):
             piece = self._waiting.popleft()
-            self._count(-len(piece.images))
-            self._metrics.stage_seconds.labels("queue").observe(perf_counter() - piece.since)
-            batch.append(piece)
-            size += len(piece.images)
+            left += len(piece.images)
+            if piece.request.error is None and piece.request.deadline <= now:
+                piece.request.error = TimeoutError("The images waited past their deadline.")
+            if piece.request.error is not None:
+                self._settle([piece], piece.request.error, now)
+            else:
+                batch.append(piece)
+                size += len(piece.images)
+        self._depth -= left
+        self._gauge.dec(left)
         return batch
 
-    async def _answer(self, batch: list[_Waiting]) -> None:
+    def _answer(self, batch: Sequence[_Waiting[A]]) -> None:
+        start = monotonic()
+        images = batch[0].images if len(batch) == 1 else np.concatenate([piece.images for piece in batch])
+        self._sizes.observe(len(images))
         try:
-            answers = await self._compute(np.concatenate([piece.images for piece in batch]))
+            with Timed(self._seconds):
+                outcome: A | Exception = self._predict(images)
         except Exception as error:
-            if len(batch) == 1:
-                _settle(batch[0], error)
+            if len(batch) > 1:
+                for piece in batch:
+                    if not piece.answer.done():
+                        self._answer([piece])
                 return
-            for piece in batch:
-                if not piece.answer.done():
-                    await self._answer([piece])
-            return
+            batch[0].request.error = outcome = error
+        self._settle(batch, outcome, start)
+
+    def _settle(self, batch: Sequence[_Waiting[A]], outcome: A | Exception, start: float) -> None:
+        """Hand what became of a batch, begun at ``start``, from the thread to the event loop."""
+        assert self._loop is not None, "batches are only taken after the start"
+        self._loop.call_soon_threadsafe(self._hand_out, batch, outcome, start)
+
+    def _hand_out(self, batch: Sequence[_Waiting[A]], outcome: A | Exception, start: float) -> None:
         first = 0
         for piece in batch:
+            self._queued.observe(start - piece.request.since)
             last = first + len(piece.images)
-            _settle(piece, answers[first:last])
+            if piece.answer.done():
+                pass
+            elif isinstance(outcome, Exception):
+                piece.answer.set_exception(outcome)
+            else:
+                piece.answer.set_result(outcome if len(batch) == 1 else outcome[first:last])
             first = last
-
-    async def _compute(self, images: np.ndarray) -> Answers:
-        self._metrics.batch_size.labels(self.model).observe(len(images))
-        with self._metrics.stage("purify_classify_inspect"):
-            return await asyncio.get_running_loop().run_in_executor(self._thread, self._predict, images)
-
-    def _count(self, images: int) -> None:
-        self._depth += images
-        self._metrics.queue_depth.labels(self.model).set(self._depth)
-
-
-def _settle(piece: _Waiting, outcome: Answers | Exception) -> None:
-    if piece.answer.done():
-        return
-    if isinstance(outcome, Exception):
-        piece.answer.set_exception(outcome)
-    else:
-        piece.answer.set_result(outcome)

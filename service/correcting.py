@@ -1,4 +1,4 @@
-"""A version of two graphs: what the first one alerts the second one answers anew."""
+"""A version that answers twice: what the first answer alerts is answered anew."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -6,72 +6,62 @@ from pathlib import Path
 
 import numpy as np
 
-from service.engine import FIELDS, Answers, Device, Engine, GraphUnloadable
+from service.engines import Answers, GraphUnloadable
+from service.engines.opening import Source
 
 logger = logging.getLogger("portcullis")
 
 NEEDED = ("alert", "purified", "undefended_logits")
-"""The outputs of the first graph that the second one works from."""
+"""The outputs of the first answer that the correction works from."""
 
 
 class CorrectingEngine:
-    """Run a graph on batches of images, and a second one on those images alone that the first one alerts.
+    """Compute outputs as an ``Engine`` does, and answer those images anew that are alerted.
 
-    ``outputs`` are names of ``service.engine.FIELDS``. The second graph takes ``purified`` and ``undefended_logits``
-    and gives ``logits`` and, where the purified image is asked for, ``corrected``. Where it fails the alert stands with
-    the first one's answer, and ``failed`` is called with how many images that is. Safe to call from several threads.
-    Raises as ``Engine`` does.
+    ``outputs`` are names of ``service.engines.FIELDS``. The correction takes ``purified`` and ``undefended_logits`` and
+    gives ``logits`` and, where the purified image is asked for, ``corrected``. Where it fails the alert stands with the
+    first answer, and ``failed`` is called with how many images that is. Safe to call from several threads. Raises what
+    the source does.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        correction: Path,
-        outputs: Sequence[str],
-        *,
-        device: Device = "cpu",
-        threads: int = 0,
-        noise: bool = True,
-        failed: Callable[[int], None],
-    ) -> None:
+    def __init__(self, source: Source, outputs: Sequence[str], *, failed: Callable[[int], None]) -> None:
         self._outputs = tuple(outputs)
-        self._correction = correction
         self._failed = failed
-        self._first = Engine(
-            path, list(dict.fromkeys([*outputs, *NEEDED])), device=device, threads=threads, noise=noise
-        )
-        answered = ["logits", "corrected"] if "purified" in outputs else ["logits"]
-        self._second = Engine(correction, answered, device=device, threads=threads, noise=noise)
+        self._first = source.open(tuple(dict.fromkeys([*outputs, *NEEDED])))
+        self._correction = source.open_correction(purified="purified" in outputs)
+        self.warm_up_sizes = self._first.warm_up_sizes
 
     def try_out(self, shape: tuple[int, ...], classes: int) -> None:
-        """Answer one image of a shape (C, H, W) anew, alerted or not; raises ``GraphUnloadable``."""
-        image, logits = np.zeros((1, *shape), np.float32), np.zeros((1, classes), np.float32)
-        try:
-            corrected = self._second.feed(purified=image, undefended_logits=logits)
-        except Exception as error:  # the runtime's own exceptions share no narrower ancestor
-            raise GraphUnloadable(self._correction, str(error).strip()) from error
-        expected = {"logits": logits.shape, "corrected": image.shape}
-        for name, values in corrected.items():
-            if values.shape != expected[name]:
-                raise GraphUnloadable(
-                    self._correction, f"expected {name} of shape {expected[name]}, got {values.shape}."
-                )
+        """Correct images of a shape (C, H, W) in every size that is prepared for; raises ``GraphUnloadable``."""
+        path = Path(self._correction.name)
+        for size in self._correction.warm_up_sizes:
+            images, logits = np.zeros((size, *shape), np.float32), np.zeros((size, classes), np.float32)
+            try:
+                corrected = self._correction.correct(images, logits)
+            except Exception as error:  # the runtimes' own exceptions share no narrower ancestor
+                raise GraphUnloadable(path, str(error).strip()) from error
+            expected = {"logits": logits.shape, "corrected": images.shape}
+            for name, values in corrected.items():
+                if values.shape != expected[name]:
+                    raise GraphUnloadable(path, f"expected {name} of shape {expected[name]}, got {values.shape}.")
 
     def predict(self, images: np.ndarray) -> Answers:
-        """Return the answers for images (N, C, H, W) float32 in [0, 1]."""
+        """Return the answers for images."""
+        return Answers.of(self.run(images))
+
+    def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Return each output by name for images."""
         values = self._first.run(images)
         rows = np.flatnonzero(values["alert"])
         if len(rows):
             self._correct(values, rows)
-        return Answers(**{FIELDS[name]: values[name] for name in self._outputs})
+        return {name: values[name] for name in self._outputs}
 
     def _correct(self, values: dict[str, np.ndarray], rows: np.ndarray) -> None:
-        """Put the second graph's answers in place of the first one's on the alerted rows."""
+        """Put the correction's answers in place of the first ones on the alerted rows."""
         try:
-            corrected = self._second.feed(
-                purified=values["purified"][rows], undefended_logits=values["undefended_logits"][rows]
-            )
-        except Exception:  # the runtime's own exceptions share no narrower ancestor
+            corrected = self._correction.correct(values["purified"][rows], values["undefended_logits"][rows])
+        except Exception:  # the runtimes' own exceptions share no narrower ancestor
             logger.exception("%s failed on alerted images; they keep their purified answer.", self._correction.name)
             self._failed(len(rows))
             return

@@ -18,10 +18,12 @@ OutputName = Literal[
 
 DEFAULT_OUTPUTS: tuple[OutputName, ...] = ("label", "class_index", "verdict")
 
+_LEVELS: tuple[Disclosure, ...] = get_args(Disclosure)
+
 _NEEDS: dict[OutputName, Disclosure] = {
-    "verdict": "verdict",
     "label": "label",
     "class_index": "label",
+    "verdict": "verdict",
     "logits": "probabilities",
     "probabilities": "probabilities",
     "score": "all",
@@ -29,6 +31,15 @@ _NEEDS: dict[OutputName, Disclosure] = {
     "undefended_class_index": "all",
     "purified": "all",
 }
+
+
+_COMPUTED: dict[OutputName, str] = {
+    "score": "score",
+    "p_value": "p_value",
+    "undefended_class_index": "undefended_logits",
+    "purified": "purified",
+}
+"""What has to be computed for an output, where the logits do not do."""
 
 
 class OutputWithheld(PermissionError):
@@ -49,8 +60,7 @@ class OutputUnknown(ValueError):
 
 def discloses(disclosure: Disclosure, output: OutputName) -> bool:
     """Say whether clients may be told an output."""
-    levels = get_args(Disclosure)
-    return levels.index(disclosure) >= levels.index(_NEEDS[output])
+    return _LEVELS.index(disclosure) >= _LEVELS.index(_NEEDS[output])
 
 
 def available_outputs(computed: frozenset[str], disclosure: Disclosure) -> list[OutputName]:
@@ -58,26 +68,17 @@ def available_outputs(computed: frozenset[str], disclosure: Disclosure) -> list[
 
     ``computed`` are the graph's outputs that are computed for it, and ``p_value`` where that can be told.
     """
-    needed: dict[OutputName, str] = {
-        "score": "score",
-        "p_value": "p_value",
-        "undefended_class_index": "undefended_logits",
-        "purified": "purified",
-    }
     return [
-        output
-        for output in get_args(OutputName)
-        if discloses(disclosure, output) and needed.get(output, "logits") in computed
+        output for output in _NEEDS if discloses(disclosure, output) and _COMPUTED.get(output, "logits") in computed
     ]
 
 
 def check_output(output: str, computed: frozenset[str], disclosure: Disclosure) -> OutputName:
     """Return the output's name; raises ``OutputUnknown`` or ``OutputWithheld``."""
-    available = available_outputs(computed, disclosure)
-    for name in get_args(OutputName):
-        if name == output and name not in available and not discloses(disclosure, name):
-            raise OutputWithheld(output, disclosure)
-        if name == output and name in available:
-            found: OutputName = name
-            return found
-    raise OutputUnknown(output, available)
+    for name in _NEEDS:
+        if name == output:
+            if not discloses(disclosure, name):
+                raise OutputWithheld(output, disclosure)
+            if _COMPUTED.get(name, "logits") in computed:
+                return name
+    raise OutputUnknown(output, available_outputs(computed, disclosure))

@@ -2,29 +2,39 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from time import perf_counter
 from typing import Self
 
 import numpy as np
+from starlette.types import Receive
 
 from service.alerts import Alert, AlertLog, AlertWriter, PendingAlert, Vault, new_alert_id
+from service.deadlines import TimedRequest
+from service.decoding import Decoder
+from service.departures import Departures
 from service.metrics import Metrics
 from service.repository import Repository
 from service.served import ServedModel
 from service.settings import Settings
-from service.verdicts import Decision, decide
+from service.verdicts import Decision
+
+SMALL_INPUTS = 2**16
+"""Alerted inputs of at most so many values in all are hashed and packed on the event loop, larger ones off it."""
+
+AlertIds = tuple[str | None, ...]
+"""The alerts of N images by id; None where there is none, or the client is not told."""
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Say who asks: the request's id and the client's address."""
+    """Say who asks: the request's id, the client's address, and the connection to hear from it."""
 
     request_id: str
     client: str
+    receive: Receive
 
     def known_as(self, request_id: str) -> Self:
         """Return the caller under the id that its message bears, as far as that is fit to be kept and sent back."""
@@ -44,13 +54,6 @@ Received = Callable[[], ReceivedInput]
 """How to get at one image's input as it was received; only called when it is alerted."""
 
 
-class RequestTimedOut(TimeoutError):
-    """A request took longer than it may."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__(f"The request was given up after {seconds:g} s.")
-
-
 @dataclass(frozen=True)
 class Gateway:
     """The parts of a running gateway."""
@@ -61,72 +64,58 @@ class Gateway:
     log: AlertLog
     vault: Vault
     writer: AlertWriter
+    decoder: Decoder
+    departures: Departures
 
-    @asynccontextmanager
-    async def request(self, model: ServedModel) -> AsyncIterator[None]:
-        """Time and count one inference request; raises ``RequestTimedOut`` in its block when it takes too long."""
-        start, outcome = perf_counter(), "ok"
-        try:
-            async with asyncio.timeout(self.settings.request_seconds):
-                yield
-        except TimeoutError as error:
-            outcome = RequestTimedOut.__name__
-            raise RequestTimedOut(self.settings.request_seconds) from error
-        except BaseException as error:
-            outcome = type(error).__name__
-            raise
-        finally:
-            self.metrics.requests.labels(model.name, str(model.version), outcome).inc()
-            self.metrics.request_seconds.labels(model.name).observe(perf_counter() - start)
+    def request(self, model: ServedModel) -> TimedRequest:
+        """Time, count and bound one inference request."""
+        return TimedRequest(model.metrics, self.settings.request_seconds)
 
     async def predict(
-        self, model: ServedModel, images: np.ndarray, received: Sequence[Received], caller: Caller
-    ) -> Decision:
-        """Return the decision on images (N, C, H, W) in [0, 1], with its alerts accepted by the writer.
+        self, model: ServedModel, images: np.ndarray, received: Sequence[Received], caller: Caller, deadline: float
+    ) -> tuple[Decision, AlertIds]:
+        """Return the decision on images (N, C, H, W) in [0, 1] and its alerts' ids, accepted by the writer.
 
-        Raises what ``ServedModel.answer`` raises, and ``AlertQueueFull``: an answer that tells of an alert is only
-        given once that alert is in the writer's hands.
+        Raises what ``ServedModel.decide`` raises, ``ClientDisconnect``, and ``AlertQueueFull``: an answer that tells of
+        an alert is only given once that alert is in the writer's hands.
         """
-        answers, undefended = await model.answer(images)
-        ids = [new_alert_id() for _ in images]
-        decision = decide(
-            answers,
-            model.mode,
-            model.manifest.labels,
-            p_values=model.p_values(answers),
-            undefended=undefended,
-            alert_ids=ids,
-        )
-        await self._record(model, decision, ids, received, caller)
+        with self.departures.stay(caller.receive):
+            decision = await model.decide(images, deadline)
+        ids: AlertIds = (None,) * len(images)
+        if decision.alerted.any():
+            ids = await self._record(model, decision, received, caller)
         self._count(model, decision)
-        return decision
+        return decision, ids
 
     async def _record(
-        self, model: ServedModel, decision: Decision, ids: Sequence[str], received: Sequence[Received], caller: Caller
-    ) -> None:
-        rows = np.flatnonzero(decision.alerted).tolist()
-        if not rows:
-            return
+        self, model: ServedModel, decision: Decision, received: Sequence[Received], caller: Caller
+    ) -> AlertIds:
+        """Hand every alert to the writer; return the ids, one place a row, of those that the client is told of."""
+        ids = {row: new_alert_id() for row in np.flatnonzero(decision.alerted).tolist()}
         now = datetime.now(UTC)
 
         def pend() -> list[PendingAlert]:
-            return [_pending(model, decision, ids[row], row, received[row](), caller, now) for row in rows]
+            return [_pending(model, decision, id, row, received[row](), caller, now) for row, id in ids.items()]
 
-        await self.writer.submit(await asyncio.to_thread(pend), self.settings.alert_wait_seconds)
+        size = len(ids) * math.prod(model.manifest.input.shape)
+        pending = pend() if size <= SMALL_INPUTS else await asyncio.to_thread(pend)
+        await self.writer.submit(pending, self.settings.alert_wait_seconds)
+        return tuple(ids.get(row) if told else None for row, told in enumerate(decision.told.tolist()))
 
     def _count(self, model: ServedModel, decision: Decision) -> None:
-        metrics = self.metrics
+        metrics = model.metrics
         for verdict in decision.verdicts:
-            metrics.predictions.labels(model.name, verdict).inc()
+            metrics.predictions[verdict].inc()
         if decision.scores is not None:
             for score, verdict in zip(decision.scores.tolist(), decision.verdicts, strict=True):
                 if verdict != "undefended":
-                    metrics.scores.labels(model.name).observe(score)
-        for index in decision.protected_class[decision.alerted].tolist():
-            metrics.alerts.labels(model.name, model.manifest.labels[index]).inc()
+                    metrics.scores.observe(score)
+        if decision.alerted.any():
+            for index in decision.protected_class[decision.alerted].tolist():
+                self.metrics.alerts.labels(model.name, model.manifest.labels[index]).inc()
         if decision.undefended_class_index is not None:
             changed = int((decision.undefended_class_index != decision.protected_class).sum())
-            metrics.label_changes.labels(model.name).inc(changed)
+            metrics.label_changes.inc(changed)
 
 
 def _pending(

@@ -1,7 +1,7 @@
 """Images and tensors as clients send them, checked and brought to the array a classifier takes."""
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,9 @@ _OPENERS: Mapping[str, tuple[str, Callable[[io.BytesIO], ImageFile.ImageFile]]] 
     "image/jpeg": ("JPEG", JpegImageFile),
     "image/webp": ("WebP", WebPImageFile),
 }
+ORIENTATION = 0x0112
+"""The EXIF tag that says how to turn an image to see it upright; 1 for not at all."""
+
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -45,12 +48,34 @@ def decode_pixels(data: bytes, spec: InputSpec, *, max_pixels: int) -> np.ndarra
     Raises ImageRefused for other content, damage, missing pixels, an animation, more than `max_pixels` pixels (told
     from the header, before any is decoded), and for what `render_pixels` refuses.
     """
+    return read_pixels(open_image(data, max_pixels=max_pixels), spec)
+
+
+def open_image(data: bytes, *, max_pixels: int) -> ImageFile.ImageFile:
+    """Read the header of a PNG, JPEG or WebP image, and no pixel.
+
+    Raises ImageRefused for other content, a damaged header, and more than `max_pixels` pixels.
+    """
     name, opener = _OPENERS[media_type_of(data)]
     try:
         image = opener(io.BytesIO(data))
-        width, height = image.size
-        if width * height > max_pixels:
-            raise ImageRefused(f"An image may have at most {max_pixels} pixels, but the {name} has {width} x {height}.")
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders meet damage with errors of many classes.
+        raise _damaged(name, error) from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageRefused(f"An image may have at most {max_pixels} pixels, but the {name} has {width} x {height}.")
+    return image
+
+
+def read_pixels(image: ImageFile.ImageFile, spec: InputSpec) -> np.ndarray:
+    """Decode an image that `open_image` opened into uint8 (C, H, W), as `render_pixels` says.
+
+    Raises ImageRefused for damage, missing pixels, an animation, and for what `render_pixels` refuses.
+    """
+    name = _OPENERS[f"image/{str(image.format).lower()}"][0]
+    try:
         if getattr(image, "n_frames", 1) > 1:
             raise ImageRefused(f"A single image was expected, but the {name} is an animation.")
         image.load()
@@ -58,7 +83,11 @@ def decode_pixels(data: bytes, spec: InputSpec, *, max_pixels: int) -> np.ndarra
     except (ImageRefused, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders meet damage with errors of many classes.
-        raise ImageRefused(f"The {name} image is damaged or truncated: {error or type(error).__name__}.") from error
+        raise _damaged(name, error) from error
+
+
+def _damaged(name: str, error: Exception) -> ImageRefused:
+    return ImageRefused(f"The {name} image is damaged or truncated: {error or type(error).__name__}.")
 
 
 def render_pixels(image: Image.Image, spec: InputSpec) -> np.ndarray:
@@ -71,14 +100,15 @@ def render_pixels(image: Image.Image, spec: InputSpec) -> np.ndarray:
     Raises ImageRefused for transparency, since what is seen would depend on a background (an alpha channel that is
     opaque all over is dropped), and for another size where `spec.resize` is None.
     """
-    image = ImageOps.exif_transpose(image)
+    image = ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
     if image.has_transparency_data:
         if image.mode == "I;16" or image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
             raise ImageRefused("An opaque image was expected, but this one has transparent pixels.")
         image = image.convert("RGBA")
     if image.mode == "I;16":
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    image = image.convert(spec.mode)
+    if image.mode != spec.mode:
+        image = image.convert(spec.mode)
     _, height, width = spec.shape
     if image.size != (width, height):
         if spec.resize is None:
@@ -95,6 +125,14 @@ def scale_pixels(pixels: np.ndarray) -> np.ndarray:
     """Divide uint8 pixels of any shape by 255 into a contiguous float32 array in [0, 1]."""
     scaled = np.empty(pixels.shape, dtype=np.float32)
     np.divide(pixels, np.float32(255), out=scaled)
+    return scaled
+
+
+def scale_images(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Divide N images uint8 (C, H, W) by 255 into one contiguous float32 array (N, C, H, W) in [0, 1]."""
+    scaled = np.empty((len(images), *images[0].shape), dtype=np.float32)
+    for row, pixels in zip(scaled, images, strict=True):
+        np.divide(pixels, np.float32(255), out=row)
     return scaled
 
 

@@ -5,7 +5,7 @@ import logging
 from dataclasses import dataclass
 
 from model_store import SERVING, Fetched, Store, StoreError, parse_reference
-from service.engine import GraphUnloadable
+from service.engines import DeviceUnavailable, EngineUnavailable, GraphUnloadable, VersionUnsuitable
 from service.metrics import Metrics
 from service.p_values import CalibrationUnreadable
 from service.served import ServedModel
@@ -15,6 +15,16 @@ logger = logging.getLogger("portcullis")
 
 MODELS = "models"
 """The folder of the store whose models are served; Regulators live beside it."""
+
+REFUSED = (
+    StoreError,
+    GraphUnloadable,
+    VersionUnsuitable,
+    DeviceUnavailable,
+    EngineUnavailable,
+    CalibrationUnreadable,
+)
+"""What keeps one version from being served, and no other."""
 
 
 class ModelNotFound(KeyError):
@@ -108,7 +118,7 @@ class Repository:
         name, _, ref = reference.partition("@")
         try:
             served = await asyncio.to_thread(self._open, reference)
-        except (StoreError, GraphUnloadable, CalibrationUnreadable) as error:
+        except REFUSED as error:
             logger.error("Model %s is not served: %s", reference, error)
             asked = await asyncio.to_thread(self._number, name, ref)
             self._broken[reference] = State(name, asked, "UNAVAILABLE", str(error))

@@ -1,5 +1,6 @@
 """The JSON that the gateway's own routes answer."""
 
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Literal
 
@@ -16,7 +17,8 @@ class ErrorBody(BaseModel):
     error: str
 
 
-class Prediction(BaseModel):
+@dataclass
+class Prediction:
     """One image's answer; what the gateway does not disclose, or withholds under ``enforce``, is null."""
 
     label: str | None
@@ -29,7 +31,8 @@ class Prediction(BaseModel):
     undefended_label: str | None
 
 
-class Predictions(BaseModel):
+@dataclass
+class Predictions:
     """The answers to one request's images, in order."""
 
     model: str

@@ -2,19 +2,22 @@
 
 import asyncio
 import logging
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Self, get_args
 
 import numpy as np
 
 from model_store import Fetched
 from service.batching import Batcher, BatcherClosed, QueueFull
 from service.correcting import CorrectingEngine
-from service.engine import Answers, Engine, GraphUnloadable, outputs_of
-from service.metrics import Metrics
+from service.engines import Answers, Engine, GraphUnloadable, outputs_of
+from service.engines.opening import Source, open_source
+from service.metrics import Metrics, ModelMetrics
 from service.p_values import CALIBRATION, CalibrationScores
 from service.settings import Settings
-from service.verdicts import blank, failed_rows
+from service.verdicts import Decision, Verdict, blank, decide, failed_rows
 
 logger = logging.getLogger("portcullis")
 
@@ -32,12 +35,28 @@ class DefenseFailed(RuntimeError):
         super().__init__(f"The defense of model {model!r} failed on {images} of the images; no answer is given.")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Judged:
+    """The decision on some rows of a batch; none where a row of the batch failed, and each request needs its own.
+
+    ``answers`` are those to the whole batch.
+    """
+
+    answers: Answers
+    decision: Decision | None
+    rows: slice
+
+    def __getitem__(self, rows: slice) -> "Judged":
+        return Judged(self.answers, None if self.decision is None else self.decision[rows], rows)
+
+
 class ServedModel:
     """Answer for one version of a model.
 
-    Opens the version's graph with what the mode and the disclosure need; raises the engine's ``GraphUnloadable`` and
-    ``DeviceUnavailable``, and ``CalibrationUnreadable``. ``outputs`` are those of the graph that are computed, and
-    ``p_value`` where the version holds the scores of its calibration images.
+    Opens an engine with what the mode and the disclosure need, and runs it in every size of batch that it prepares for;
+    raises ``GraphUnloadable``, ``VersionUnsuitable``, ``DeviceUnavailable`` and ``EngineUnavailable``, and
+    ``CalibrationUnreadable``. ``outputs`` are those that are computed, and ``p_value`` where the version holds the
+    scores of its calibration images.
     """
 
     def __init__(self, fetched: Fetched, settings: Settings, metrics: Metrics) -> None:
@@ -47,15 +66,17 @@ class ServedModel:
         self.version = fetched.manifest.version
         self.mode = settings.mode_of(self.name)
         self._metrics = metrics
+        self.metrics = ModelMetrics(metrics, self.name, str(self.version), get_args(Verdict))
         held = CALIBRATION in fetched.manifest.files
         self._calibration = CalibrationScores.load(fetched.folder / CALIBRATION) if held else None
         path = fetched.folder / GRAPH
         present = outputs_of(path)
         self.defended = "purified" in present
         wanted = [name for name in _wanted(self.mode, settings) if name in present]
-        self._engine = self._opened(path, wanted, settings)
+        source = open_source(fetched, path, path.with_name(CORRECTION), settings)
+        self._engine = self._opened(source, wanted)
         self._bare = (
-            Engine(path, ["undefended_logits"], device=settings.device, threads=settings.threads)
+            source.open(("undefended_logits",))
             if self.defended and (self.mode == "shadow" or settings.on_defense_error == "open")
             else None
         )
@@ -65,39 +86,34 @@ class ServedModel:
         self._try_out(path)
         self._batcher = Batcher(
             self.name,
-            self._engine.predict,
+            self._judge,
             max_batch=settings.max_batch,
             capacity=settings.queue_images,
+            longest_wait=settings.batch_wait_seconds,
             metrics=metrics,
         )
         self._info = (self.name, str(self.version), self.manifest.kind, self.mode, self.digest)
 
-    def _opened(self, path: Path, outputs: list[str], settings: Settings) -> Engine | CorrectingEngine:
-        """Open the version's graph, or both where it has a second one."""
+    def _opened(self, source: Source, outputs: list[str]) -> Engine:
+        """Open the version, and what corrects alerted images where it holds that."""
         if CORRECTION not in self.manifest.files:
-            return Engine(path, outputs, device=settings.device, threads=settings.threads, noise=settings.noise)
-        return CorrectingEngine(
-            path,
-            path.with_name(CORRECTION),
-            outputs,
-            device=settings.device,
-            threads=settings.threads,
-            noise=settings.noise,
-            failed=self._metrics.defense_errors.labels(self.name).inc,
-        )
+            return source.open(tuple(outputs))
+        engine = CorrectingEngine(source, outputs, failed=self._metrics.defense_errors.labels(self.name).inc)
+        engine.try_out(self.manifest.input.shape, len(self.manifest.labels))
+        return engine
 
     def _try_out(self, path: Path) -> None:
-        if isinstance(self._engine, CorrectingEngine):
-            self._engine.try_out(self.manifest.input.shape, len(self.manifest.labels))
-        try:
-            answers = self._engine.predict(np.zeros((1, *self.manifest.input.shape), np.float32))
-        except Exception as error:  # the runtime's own exceptions share no narrower ancestor
-            raise GraphUnloadable(path, str(error).strip()) from error
-        expected = (1, len(self.manifest.labels))
-        if answers.logits.shape != expected:
-            raise GraphUnloadable(
-                path, f"expected logits of shape {expected} for its labels, got {answers.logits.shape}."
-            )
+        """Run every engine once in each size that it prepares for, so that no request waits for a preparation."""
+        shape, classes = self.manifest.input.shape, len(self.manifest.labels)
+        engines = [(self._engine, "logits"), *([(self._bare, "undefended_logits")] if self._bare else [])]
+        for engine, name, size in [(each, name, size) for each, name in engines for size in each.warm_up_sizes]:
+            try:
+                logits = engine.run(np.zeros((size, *shape), np.float32))[name]
+            except Exception as error:  # the runtimes' own exceptions share no narrower ancestor
+                raise GraphUnloadable(path, str(error).strip()) from error
+            if logits.shape != (size, classes):
+                expected = f"expected logits of shape {(size, classes)} for its labels"
+                raise GraphUnloadable(path, f"{expected}, got {logits.shape}.")
 
     def start(self) -> Self:
         """Start to take images; call within a running event loop."""
@@ -111,30 +127,52 @@ class ServedModel:
         await self._batcher.stop()
         self._metrics.model_info.remove(*self._info)
 
-    async def answer(self, images: np.ndarray) -> tuple[Answers, np.ndarray]:
-        """Return the answers for images (N, C, H, W) in [0, 1], and (N,) which rows only the bare classifier answered.
+    def check_room(self, images: int) -> None:
+        """Raise ``QueueFull`` or ``BatcherClosed`` where so many images would not be taken now."""
+        self._batcher.check_room(images)
 
-        Raises ``QueueFull``, ``BatcherClosed``, and ``DefenseFailed`` when the defense fails and is to fail closed.
+    def coming(self) -> AbstractContextManager[None]:
+        """Say that a request for this model is being decoded within the block."""
+        return self._batcher.coming()
+
+    async def decide(self, images: np.ndarray, deadline: float = float("inf")) -> Decision:
+        """Return the decision on images (N, C, H, W) in [0, 1].
+
+        Raises ``QueueFull``, ``BatcherClosed``, ``TimeoutError`` when the images still wait at ``deadline``, a time of
+        ``time.monotonic``, and ``DefenseFailed`` when the defense fails and is to fail closed.
         """
-        nobody = np.zeros(len(images), bool)
         try:
-            answers = _joined(await self._batcher.submit(images))
-        except (QueueFull, BatcherClosed, asyncio.CancelledError):
+            pieces = await self._batcher.submit(images, deadline)
+        except (QueueFull, BatcherClosed, TimeoutError, asyncio.CancelledError):
             raise
         except Exception:
             logger.exception("The defense of %s@%d raised an error.", self.name, self.version)
-            return await self._instead(images, None, ~nobody)
+            return self._decision(*await self._instead(images, None, np.ones(len(images), bool)))
+        if len(pieces) == 1 and pieces[0].decision is not None:
+            return pieces[0].decision
+        answers = _joined([piece.answers[piece.rows] for piece in pieces])
         failed = failed_rows(answers)
         if failed.any():
             logger.error("%s@%d gave values that are not finite.", self.name, self.version)
-            return await self._instead(images, answers, failed)
-        return answers, nobody if self.defended else ~nobody
+            return self._decision(*await self._instead(images, answers, failed))
+        return self._decision(answers, failed)
 
-    def p_values(self, answers: Answers) -> np.ndarray | None:
-        """Return the p-values (N,) of the answers' scores, or None where the version has none to offer."""
-        if self._calibration is None or answers.scores is None:
-            return None
-        return self._calibration.p_values(answers.scores)
+    def _judge(self, images: np.ndarray) -> Judged:
+        """Answer a whole batch and decide on it at once, which costs little more than for one image."""
+        answers = self._engine.predict(images)
+        failed = failed_rows(answers)
+        return Judged(answers, None if failed.any() else self._decision(answers, failed), slice(len(failed)))
+
+    def _decision(self, answers: Answers, bare: np.ndarray) -> Decision:
+        """Decide on answers of which the rows of ``bare``, (N,) bool, are the bare classifier's."""
+        scored = self._calibration is not None and answers.scores is not None
+        return decide(
+            answers,
+            self.mode,
+            self.manifest.labels,
+            p_values=self._calibration.p_values(answers.scores) if scored else None,  # type: ignore[union-attr, arg-type]
+            undefended=bare if self.defended else np.ones(len(answers.logits), bool),
+        )
 
     async def _instead(
         self, images: np.ndarray, answers: Answers | None, failed: np.ndarray
@@ -151,7 +189,7 @@ class ServedModel:
             raise DefenseFailed(self.name, int(failed.sum()))
         if answers is None:
             scores = np.zeros(len(images), np.float32) if "score" in self.outputs else None
-            purified = np.zeros_like(images) if "purified" in self.outputs else None
+            purified = np.zeros(images.shape, np.float32) if "purified" in self.outputs else None
             return Answers(bare, scores, undefended_logits=bare, purified=purified), failed
         logits = np.where(failed[:, None], bare, answers.logits)
         scores = None if answers.scores is None else blank(answers.scores, failed)

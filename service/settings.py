@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 Mode = Literal["flag", "enforce", "shadow"]
 Disclosure = Literal["verdict", "label", "probabilities", "all"]
+EngineName = Literal["auto", "onnx", "torch"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
@@ -28,6 +31,16 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     device: Literal["cpu", "cuda"] = Field(
         "cpu", description="Where the graphs run. With `cuda` the gateway refuses to start without a working GPU."
+    )
+    engine: EngineName = Field(
+        "auto",
+        description="What computes the answers: `onnx`, `torch`, or `auto`, which is `onnx` but with `cuda`, and there "
+        "`torch` where it is installed and can run the version.",
+    )
+    precision: Precision = Field(
+        "auto",
+        description="What answers are computed in: `fp32`, or with `torch` `bf16` or `fp16`. `auto` is `fp32`, but "
+        "with `cuda` what is faster and leaves a version's answers what they are.",
     )
     threads: int = Field(0, ge=0, description="Threads that one model's computation may use; 0 takes every core.")
 
@@ -52,7 +65,11 @@ class Settings(BaseSettings):
     max_pixels: int = Field(25_000_000, ge=1, description="The most pixels that an image may decode to.")
     max_images: int = Field(256, ge=1, description="The most images in one request.")
     max_batch: int = Field(32, ge=1, description="The most images computed at once.")
+    batch_wait_seconds: float = Field(
+        0.002, ge=0, description="The longest that a batch waits for requests that are being decoded; for none others."
+    )
     queue_images: int = Field(1024, ge=1, description="The most images that wait for a model; then 429.")
+    queue_decodes: int = Field(64, ge=1, description="The most requests that wait to be decoded; then 429.")
     request_seconds: float = Field(30.0, gt=0, description="The longest that a request may take; then 504.")
     shutdown_seconds: int = Field(30, ge=1, description="How long a stop may take to finish what was accepted.")
 
@@ -74,7 +91,7 @@ class Settings(BaseSettings):
         """Return the mode in which a model is served."""
         return self.modes.get(model, self.mode)
 
-    @property
+    @cached_property
     def disclosure(self) -> Disclosure:
         """What a client may be told at most."""
         return self.disclose or ("all" if is_within(self.host, LOOPBACK) else "label")

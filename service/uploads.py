@@ -6,6 +6,7 @@ from fastapi import Request
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.types import Message
 
 from service.images import ImageRefused
 
@@ -18,14 +19,16 @@ class Upload:
     data: bytes
 
 
-async def read_uploads(request: Request, most: int) -> list[Upload]:
-    """Return the images that a request holds, at least one and at most ``most``; raises ``ImageRefused``."""
-    body = await request.body()
-    content_type, options = parse_options_header(request.headers.get("content-type"))
-    if content_type != b"multipart/form-data":
+async def read_uploads(request: Request, body: bytes, most: int) -> list[Upload]:
+    """Return the images in a request's body, at least one and at most ``most``; raises ``ImageRefused``."""
+    content_type = request.headers.get("content-type", "")
+    if content_type[:9].lower() != "multipart":
+        return [Upload("the body", body)]
+    kind, options = parse_options_header(content_type)
+    if kind != b"multipart/form-data":
         return [Upload("the body", body)]
     try:
-        uploads = await _read_form(request, most)
+        uploads = await _read_form(request, body, most)
     except HTTPException as error:  # what the framework makes of a form that it cannot read
         raise ImageRefused(f"The form cannot be read: {error.detail}") from error
     # The framework takes a form that breaks off for one that ends with its last complete part.
@@ -36,9 +39,12 @@ async def read_uploads(request: Request, most: int) -> list[Upload]:
     return uploads
 
 
-async def _read_form(request: Request, most: int) -> list[Upload]:
+async def _read_form(request: Request, body: bytes, most: int) -> list[Upload]:
+    async def replay() -> Message:
+        return {"type": "http.request", "body": body}
+
     uploads = []
-    async with request.form(max_files=most, max_fields=most) as form:
+    async with Request(request.scope, replay).form(max_files=most, max_fields=most) as form:
         for field, part in form.multi_items():
             if not isinstance(part, UploadFile):
                 raise ImageRefused(f"Form field {field!r} is text; expected files only.")

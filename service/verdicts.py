@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from service.engine import Answers
+from service.engines import Answers
 from service.settings import Mode
 
 Verdict = Literal["accepted", "alert", "undefended"]
@@ -19,7 +19,7 @@ class Decision:
     ``alerted`` (N,) bool are the rows to record, also in shadow mode, where no client is told. ``protected_class``
     (N,) int64 is the protected answer whatever the client is told. In ``logits``, ``probabilities`` and ``purified``
     the rows withheld by ``enforce`` are zero, their ``class_index`` is -1 and their label None. ``p_values`` (N,) are
-    zero, which no p-value is, where nothing defended.
+    zero, which no p-value is, where nothing defended. ``told`` (N,) bool are the alerted rows whose client is told.
     """
 
     verdicts: tuple[Verdict, ...]
@@ -28,12 +28,24 @@ class Decision:
     logits: np.ndarray
     probabilities: np.ndarray
     alerted: np.ndarray
+    told: np.ndarray
     protected_class: np.ndarray
     scores: np.ndarray | None
     p_values: np.ndarray | None
     undefended_class_index: np.ndarray | None
     purified: np.ndarray | None
-    alert_ids: tuple[str | None, ...]
+
+    def __getitem__(self, rows: slice) -> "Decision":
+        return Decision(*(None if column is None else column[rows] for column in self._columns))  # type: ignore[arg-type]
+
+    @property
+    def _columns(self) -> tuple[Any, ...]:
+        """The fields in order."""
+        return (
+            *(self.verdicts, self.labels, self.class_index, self.logits, self.probabilities),
+            *(self.alerted, self.told, self.protected_class),
+            *(self.scores, self.p_values, self.undefended_class_index, self.purified),
+        )
 
 
 def failed_rows(answers: Answers) -> np.ndarray:
@@ -53,13 +65,11 @@ def decide(
     *,
     p_values: np.ndarray | None,
     undefended: np.ndarray,
-    alert_ids: Sequence[str],
 ) -> Decision:
     """Turn answers into a decision.
 
     ``p_values`` (N,) are those of the answers' scores, if known. ``undefended`` (N,) bool marks the rows that hold the
-    bare classifier's answer because nothing defends them; ``alert_ids`` are fresh ids, one a row, used where a row is
-    alerted and the mode tells.
+    bare classifier's answer because nothing defends them.
     """
     alerts = np.zeros(len(answers.logits), bool) if answers.alerts is None else answers.alerts & ~undefended
     bare = answers.undefended_logits
@@ -71,19 +81,19 @@ def decide(
     return Decision(
         verdicts=tuple(
             "undefended" if bare_only else "alert" if alert else "accepted"
-            for bare_only, alert in zip(undefended, told, strict=True)
+            for bare_only, alert in zip(undefended.tolist(), told.tolist(), strict=True)
         ),
-        labels=tuple(None if index < 0 else labels[index] for index in class_index),
+        labels=tuple(None if index < 0 else labels[index] for index in class_index.tolist()),
         class_index=class_index,
         logits=blank(logits, withheld),
         probabilities=blank(_softmax(logits), withheld),
         alerted=alerts,
+        told=told,
         protected_class=answers.logits.argmax(1).astype(np.int64),
         scores=answers.scores,
         p_values=None if p_values is None else blank(p_values, undefended),
         undefended_class_index=None if bare is None else bare.argmax(1).astype(np.int64),
         purified=None if answers.purified is None else blank(answers.purified, withheld),
-        alert_ids=tuple(id if alert else None for id, alert in zip(alert_ids, told, strict=True)),
     )
 
 

@@ -56,7 +56,20 @@ def test_the_table_of_single_attacks_shows_what_was_fitted_on_which():
 
 
 @pytest.mark.parametrize(
-    "script", ["ablations", "bench", "correctness", "inspector_seconds", "kill_fit", "nip_table", "small_classifier"]
+    "script",
+    [
+        "ablations",
+        "bench",
+        "correctness",
+        "cost_model",
+        "endurance",
+        "image_sets",
+        "inspector_seconds",
+        "kill_fit",
+        "nip_table",
+        "overload",
+        "small_classifier",
+    ],
 )
 def test_scripts_say_what_they_take(script):
     command = typer.Typer()

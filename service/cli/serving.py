@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from service.cli.common import JsonOption, StoreOption, failures_told, settings_with
-from service.settings import unknown_variables
+from service.settings import EngineName, Precision, unknown_variables
 
 
 def serve(
@@ -20,12 +20,23 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.", show_default="8000")] = None,
     model: Annotated[list[str] | None, typer.Option(help="Serve only this model, as NAME or NAME@VERSION.")] = None,
+    engine: Annotated[EngineName | None, typer.Option(help="What computes the answers.", show_default="auto")] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="What answers are computed in.", show_default="auto")
+    ] = None,
 ) -> None:
     """Serve the store's models; every other setting comes from PORTCULLIS_*."""
     with failures_told():
         from service.server import run
 
-        settings = settings_with(store=store, host=host, port=port, models=tuple(model) if model else None)
+        settings = settings_with(
+            store=store,
+            host=host,
+            port=port,
+            models=tuple(model) if model else None,
+            engine=engine,
+            precision=precision,
+        )
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
         logger = logging.getLogger("portcullis")
         logger.setLevel(logging.INFO)

@@ -1,6 +1,6 @@
 """Read and write the Open Inference Protocol v2, its binary tensor data extension included: pure functions on bytes."""
 
-from service.oip.decode import decode_infer
+from service.oip.decode import MOST_MICROSECONDS, decode_infer
 from service.oip.encode import encode_infer
 from service.oip.messages import (
     BINARY_MEDIA_TYPE,
@@ -18,6 +18,7 @@ __all__ = [
     "BINARY_MEDIA_TYPE",
     "HEADER_LENGTH",
     "JSON_MEDIA_TYPE",
+    "MOST_MICROSECONDS",
     "Encoded",
     "InferRequest",
     "InputTensor",

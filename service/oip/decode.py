@@ -15,6 +15,9 @@ from service.oip.messages import DTYPES, HEADER_LENGTH, InferRequest, InputTenso
 
 MAX_RANK = 32
 
+MOST_MICROSECONDS = 2**64 - 1
+"""The largest timeout that a request may ask for, as the protocol's integers end."""
+
 _WHOLE_NUMBERS: tuple[frozenset[type], str] = (frozenset({int}), "whole numbers")
 _JSON_TYPES: Mapping[str, tuple[frozenset[type], str]] = {
     "b": (frozenset({bool}), "true or false"),
@@ -39,6 +42,7 @@ def decode_infer(body: bytes | memoryview, header_length: int | str | None) -> I
         raise OipMalformed(f"The id of the request must be a string, not {_kind(request_id)}.")
     parameters = _parameters_of(header, "the request")
     binary_by_default = _flag(parameters, "binary_data_output", "the request", default=False)
+    _check_timeout(parameters)
     inputs = _decode_inputs(header.get("inputs"), view[size:], binary_allowed=header_length is not None)
     outputs = _decode_outputs(header.get("outputs"), binary_by_default=binary_by_default)
     return InferRequest(request_id, inputs, outputs, parameters)
@@ -148,6 +152,15 @@ def _flag(parameters: Mapping[str, Any], key: str, where: str, *, default: bool)
     if not isinstance(flag, bool):
         raise OipMalformed(f"The parameter '{key}' of {where} must be true or false, not {_kind(flag)}.")
     return flag
+
+
+def _check_timeout(parameters: Mapping[str, Any]) -> None:
+    timeout = parameters.get("timeout", 0)
+    if type(timeout) is not int or not 0 <= timeout <= MOST_MICROSECONDS:
+        raise OipMalformed(
+            f"The parameter 'timeout' of the request must be a whole number of microseconds from 0, "
+            f"not {reprlib.repr(timeout)}."
+        )
 
 
 def _refuse_shared_memory(parameters: Mapping[str, Any], where: str) -> None:

@@ -16,6 +16,8 @@ from service.oip.messages import (
     OutputTensor,
 )
 
+_JSON = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+
 _DATATYPES: Mapping[str, str] = {dtype.str: datatype for datatype, dtype in DTYPES.items()}
 
 
@@ -48,7 +50,7 @@ def encode_infer(
         else:
             entry["data"] = data
         entries.append(entry)
-    encoded = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
+    encoded = _JSON.encode(header).encode()
     if not buffers:
         return Encoded(encoded, JSON_MEDIA_TYPE)
     return Encoded(b"".join([encoded, *buffers]), BINARY_MEDIA_TYPE, {HEADER_LENGTH: str(len(encoded))})

@@ -67,6 +67,12 @@ class InferRequest:
         """Whether an output that the request does not speak of is wanted as binary (`binary_data_output`)."""
         return self.parameters.get("binary_data_output") is True
 
+    @property
+    def timeout(self) -> int:
+        """The microseconds that the request may take, by its parameter `timeout`; 0 where it sets no bound."""
+        microseconds: int = self.parameters.get("timeout", 0)
+        return microseconds
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OutputTensor:

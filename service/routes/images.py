@@ -1,15 +1,16 @@
 """Plain images in, predictions out; and what is in service."""
 
-import asyncio
 from functools import partial
 
-import numpy as np
 from fastapi import APIRouter, Request, Response
+from pydantic_core import to_json
 
+from service.body_limit import read_body
+from service.decoding import decode_uploads
 from service.disclosure import discloses
-from service.gateway import Gateway, ReceivedInput
-from service.images import ImageRefused, decode_image, media_type_of
-from service.routes.dependencies import CallerOf, GatewayOf
+from service.gateway import AlertIds, Gateway, ReceivedInput
+from service.images import media_type_of
+from service.routes.dependencies import TIMEOUT, GatewayOf, caller_of, gateway_of, timeout_of
 from service.schemas import ModelInfo, Models, Prediction, Predictions
 from service.served import ServedModel
 from service.uploads import Upload, read_uploads
@@ -18,6 +19,7 @@ from service.verdicts import Decision
 router = APIRouter(prefix="/v1", tags=["images"])
 
 IMAGE_BODY = {
+    "parameters": [TIMEOUT],
     "requestBody": {
         "required": True,
         "description": "One image, or several as multipart/form-data.",
@@ -33,26 +35,31 @@ IMAGE_BODY = {
                 }
             }
         },
-    }
+    },
 }
 
 
-@router.post("/models/{model}/predict", openapi_extra=IMAGE_BODY)
-async def predict(
-    request: Request, response: Response, gateway: GatewayOf, caller: CallerOf, model: str
-) -> Predictions:
+@router.post("/models/{model}/predict", response_model=Predictions, openapi_extra=IMAGE_BODY)
+async def predict(request: Request, model: str) -> Response:
     """Classify images as they are: PNG, JPEG or WebP, as the body or as the parts of a form."""
+    gateway = gateway_of(request)
     served = gateway.repository.get(model)
-    async with gateway.request(served):
-        uploads = await read_uploads(request, gateway.settings.max_images)
+    caller = caller_of(request)
+    async with gateway.request(served) as timed:
+        timed.shorten(timeout_of(request))
+        body = await read_body(request, gateway.settings.max_body_bytes)
+        uploads = await read_uploads(request, body, gateway.settings.max_images)
+        served.check_room(len(uploads))
         with gateway.metrics.stage("decode"):
-            images = await asyncio.to_thread(_decoded, uploads, served, gateway)
+            images = await decode_uploads(
+                uploads, served.manifest.input, gateway.decoder, served.coming(), gateway.settings.max_pixels
+            )
         received = [partial(_as_sent, upload) for upload in uploads]
-        decision = await gateway.predict(served, images, received, caller)
+        decision, alert_ids = await gateway.predict(served, images, received, caller, timed.deadline)
         with gateway.metrics.stage("encode"):
-            predictions = _predictions(decision, served, gateway)
-    response.headers["x-request-id"] = caller.request_id
-    return Predictions(model=served.name, version=str(served.version), predictions=predictions)
+            predictions = _predictions(decision, alert_ids, served, gateway)
+            answer = to_json(Predictions(served.name, str(served.version), predictions))
+    return Response(answer, media_type="application/json", headers={"x-request-id": caller.request_id})
 
 
 @router.get("/models")
@@ -61,23 +68,11 @@ async def models(gateway: GatewayOf) -> Models:
     return Models(models=[_info(served, gateway) for served in gateway.repository.all()])
 
 
-def _decoded(uploads: list[Upload], served: ServedModel, gateway: Gateway) -> np.ndarray:
-    images = []
-    for number, upload in enumerate(uploads):
-        try:
-            images.append(decode_image(upload.data, served.manifest.input, max_pixels=gateway.settings.max_pixels))
-        except ImageRefused as error:
-            if len(uploads) == 1:
-                raise
-            raise ImageRefused(f"Image {number} ({upload.name}): {error}") from error
-    return np.stack(images)
-
-
 def _as_sent(upload: Upload) -> ReceivedInput:
     return ReceivedInput(upload.data, media_type_of(upload.data))
 
 
-def _predictions(decision: Decision, served: ServedModel, gateway: Gateway) -> list[Prediction]:
+def _predictions(decision: Decision, alert_ids: AlertIds, served: ServedModel, gateway: Gateway) -> list[Prediction]:
     disclosure = gateway.settings.disclosure
     labels = served.manifest.labels
     tells_label = discloses(disclosure, "label")
@@ -86,16 +81,17 @@ def _predictions(decision: Decision, served: ServedModel, gateway: Gateway) -> l
     p_values = decision.p_values if discloses(disclosure, "p_value") else None
     bare = decision.undefended_class_index if discloses(disclosure, "undefended_class_index") else None
     predictions = []
-    for row, verdict in enumerate(decision.verdicts):
-        withheld = decision.class_index[row] < 0
-        tell = tells_label and not withheld
+    for row, (verdict, class_index) in enumerate(zip(decision.verdicts, decision.class_index.tolist(), strict=True)):
+        tell = tells_label and class_index >= 0
         predictions.append(
             Prediction(
                 label=decision.labels[row] if tell else None,
-                class_index=int(decision.class_index[row]) if tell else None,
-                probabilities=decision.probabilities[row].tolist() if tells_probabilities and not withheld else None,
+                class_index=class_index if tell else None,
+                probabilities=decision.probabilities[row].tolist()
+                if tells_probabilities and class_index >= 0
+                else None,
                 verdict=verdict,
-                alert_id=decision.alert_ids[row],
+                alert_id=alert_ids[row],
                 score=None if scores is None or verdict == "undefended" else float(scores[row]),
                 p_value=None if p_values is None or verdict == "undefended" else float(p_values[row]),
                 undefended_label=None if bare is None else labels[bare[row]],

@@ -1,25 +1,22 @@
 """The Open Inference Protocol v2: health, metadata, infer, repository index."""
 
 import asyncio
-from collections.abc import Callable
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
+from service.body_limit import read_body
 from service.disclosure import DEFAULT_OUTPUTS, OutputName, available_outputs, check_output
 from service.gateway import Gateway, ReceivedInput
 from service.images import tensor_to_npy, validate_tensor
 from service.oip import InferRequest, OipMalformed, OutputTensor, decode_infer, encode_infer
-from service.routes.dependencies import CallerOf, GatewayOf
+from service.routes.dependencies import GatewayOf, caller_of, gateway_of
 from service.schemas import RepositoryEntry
 from service.served import ServedModel
 from service.verdicts import Decision
 from service.version import VERSION
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
 
@@ -99,36 +96,43 @@ async def repository_index(gateway: GatewayOf) -> list[RepositoryEntry]:
 
 @router.post("/models/{model}/infer", openapi_extra=INFER_BODY)
 @router.post("/models/{model}/versions/{version}/infer", openapi_extra=INFER_BODY)
-async def infer(
-    request: Request, gateway: GatewayOf, caller: CallerOf, model: str, version: str | None = None
-) -> Response:
+async def infer(request: Request, model: str, version: str | None = None) -> Response:
     """Classify one tensor of images: UINT8, or FP32 in [0, 1]; (N, C, H, W)."""
+    gateway = gateway_of(request)
     served = gateway.repository.get(model, version)
-    async with gateway.request(served):
-        body = await request.body()
+    caller = caller_of(request)
+    async with gateway.request(served) as timed:
+        body = await read_body(request, gateway.settings.max_body_bytes)
         large = len(body) > LARGE_BYTES
+        served.check_room(1)
         with gateway.metrics.stage("decode"):
             header_length = request.headers.get("inference-header-content-length")
-            message = await _off_loop(large, decode_infer, body, header_length)
+            if large:
+                with served.coming():
+                    message, images = await gateway.decoder.run(_decoded, body, header_length, served, gateway)
+            else:
+                message, images = _decoded(body, header_length, served, gateway)
+            timed.shorten(message.timeout)
             names = _requested(message, served, gateway)
-            original, images = await _off_loop(large, _image, message, served, gateway)
         if "x-request-id" not in request.headers and message.id:
             caller = caller.known_as(message.id)
-        received = [partial(_as_npy, original[row]) for row in range(len(images))]
-        decision = await gateway.predict(served, images, received, caller)
+        received = [partial(_as_npy, row) for row in message.inputs[0].data]
+        decision, alert_ids = await gateway.predict(served, images, received, caller, timed.deadline)
         with gateway.metrics.stage("encode"):
             outputs = [OutputTensor(name, _values(decision, name), binary) for name, binary in names]
-            parameters = _parameters(decision)
-            encoded = await _off_loop(
-                large, encode_infer, served.name, str(served.version), message.id, outputs, parameters
-            )
+            # The alerts' ids, one place a row, when there are any.
+            parameters = {"alert_ids": ",".join(id or "" for id in alert_ids)} if any(alert_ids) else None
+            answer = served.name, str(served.version), message.id, outputs, parameters
+            encoded = await asyncio.to_thread(encode_infer, *answer) if large else encode_infer(*answer)
     headers = {**encoded.headers, "x-request-id": caller.request_id}
     return Response(encoded.body, media_type=encoded.media_type, headers=headers)
 
 
-async def _off_loop(large: bool, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call a function, in a thread where its work would hold up every other request."""
-    return await asyncio.to_thread(function, *args, **kwargs) if large else function(*args, **kwargs)
+def _decoded(
+    body: bytes, header_length: str | None, served: ServedModel, gateway: Gateway
+) -> tuple[InferRequest, np.ndarray]:
+    message = decode_infer(body, header_length)
+    return message, _image(message, served, gateway)
 
 
 def _requested(message: InferRequest, served: ServedModel, gateway: Gateway) -> list[tuple[OutputName, bool]]:
@@ -139,13 +143,12 @@ def _requested(message: InferRequest, served: ServedModel, gateway: Gateway) -> 
     return [(check_output(wanted.name, served.outputs, disclosure), wanted.binary) for wanted in message.outputs]
 
 
-def _image(message: InferRequest, served: ServedModel, gateway: Gateway) -> tuple[np.ndarray, np.ndarray]:
+def _image(message: InferRequest, served: ServedModel, gateway: Gateway) -> np.ndarray:
     if len(message.inputs) != 1 or message.inputs[0].name != "image":
         names = ", ".join(repr(tensor.name) for tensor in message.inputs) or "none"
         raise OipMalformed(f"Expected one input named 'image', got {names}.")
     tensor = message.inputs[0]
-    images = validate_tensor(tensor.data, tensor.datatype, served.manifest.input, max_batch=gateway.settings.max_images)
-    return tensor.data, images
+    return validate_tensor(tensor.data, tensor.datatype, served.manifest.input, max_batch=gateway.settings.max_images)
 
 
 def _values(decision: Decision, name: OutputName) -> np.ndarray | list[str]:
@@ -165,11 +168,6 @@ def _values(decision: Decision, name: OutputName) -> np.ndarray | list[str]:
     array = values[name]
     assert array is not None, "only outputs that are computed can be requested"
     return array
-
-
-def _parameters(decision: Decision) -> dict[str, str] | None:
-    """Return the alerts' ids, one place a row, when there are any."""
-    return {"alert_ids": ",".join(id or "" for id in decision.alert_ids)} if any(decision.alert_ids) else None
 
 
 def _as_npy(row: np.ndarray) -> ReceivedInput:

@@ -8,6 +8,7 @@ import textwrap
 
 import httpx
 import pytest
+from fastapi import HTTPException, Request, Response
 
 from service.app import STATUS, create_app
 from service.settings import Settings
@@ -82,6 +83,32 @@ async def test_an_unexpected_failure_tells_the_log_and_not_the_client(visitor_of
     assert "a secret of the inside" in caplog.text
 
 
+async def test_what_is_answered_directly_is_a_route_like_any_other_and_fails_like_any_other(tmp_path, caplog):
+    settings = Settings(
+        store=tmp_path, database=f"sqlite+aiosqlite:///{tmp_path / 'alerts.db'}", inputs=tmp_path / "in"
+    )
+    app = create_app(settings)
+
+    async def broken(request: Request, name: str) -> Response:
+        if name == "lost":
+            raise HTTPException(404, "Nothing here")
+        raise RuntimeError(f"a secret of the inside of {name}")
+
+    app.answer_directly("/broken/{name}", broken)
+    described = app.openapi()["paths"]
+    assert [path for path in app.direct_paths if "post" not in described.get(path, {})] == ["/broken/{name}"]
+    async with app.router.lifespan_context(app):
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+            failed = await client.post("/broken/one")
+            assert failed.status_code == 500
+            assert failed.json() == {"error": "The gateway failed on this request; its log says more."}
+            assert "a secret of the inside of one" in caplog.text
+            lost = await client.post("/broken/lost")
+            assert (lost.status_code, lost.json()) == (404, {"error": "Nothing here: POST /broken/lost."})
+            assert (await client.get("/broken/one")).status_code == 404
+
+
 @pytest.mark.parametrize(
     ("module", "not_in_a_request"),
     [
@@ -91,11 +118,19 @@ async def test_an_unexpected_failure_tells_the_log_and_not_the_client(visitor_of
         ("service.uploads", set()),
         ("service.body_limit", set()),
         ("service.batching", set()),
-        ("service.engine", {"GraphUnloadable", "DeviceUnavailable"}),
+        ("service.deadlines", set()),
+        ("service.decoding", set()),
+        ("service.departures", set()),
+        ("service.direct", set()),
+        (
+            "service.engines.errors",
+            {"GraphUnloadable", "VersionUnsuitable", "DeviceUnavailable", "EngineUnavailable"},
+        ),
         ("service.served", set()),
         ("service.repository", set()),
         ("service.gateway", set()),
         ("service.routes.alerts", set()),
+        ("service.routes.dependencies", set()),
         (
             "service.alerts.errors",
             {

@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from service.batching import Batcher, BatcherClosed, QueueFull
-from service.engine import Answers, Engine
+from service.engines import Answers, OnnxEngine
 from service.metrics import Metrics
 
 
@@ -19,16 +19,16 @@ def unit(pixels: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def engine(store) -> Engine:
+def engine(store) -> OnnxEngine:
     """The handmade graph: two pixels make it fail, see its description."""
     outputs = ["logits", "score", "alert", "undefended_logits", "purified"]
-    return Engine(store / "models" / "fragile" / "1" / "model.onnx", outputs, threads=1)
+    return OnnxEngine(store / "models" / "fragile" / "1" / "model.onnx", outputs, threads=1)
 
 
 class Door:
     """Let batches through to an engine one by one, and note how large they were."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: OnnxEngine) -> None:
         self.engine = engine
         self.sizes: list[int] = []
         self.open = threading.Event()
@@ -50,7 +50,7 @@ def door(engine) -> Door:
 @pytest_asyncio.fixture
 async def batcher(door) -> AsyncIterator[Batcher]:
     """A batcher behind a closed door: at most four images at once, ten waiting."""
-    started = Batcher("fragile", door.predict, max_batch=4, capacity=10, metrics=Metrics()).start()
+    started = Batcher("fragile", door.predict, max_batch=4, capacity=10, longest_wait=0, metrics=Metrics()).start()
     yield started
     door.open.set()
     await started.stop()
@@ -199,9 +199,70 @@ async def test_a_stop_answers_what_was_taken_and_refuses_the_rest(batcher, door,
         np.testing.assert_allclose(joined(task.result()), engine.predict(unit(dark(2, seed=seed))).logits, atol=1e-5)
 
 
+async def test_a_request_that_waits_past_its_deadline_is_not_computed(batcher, door, dark):
+    first = await held(batcher, door, unit(dark(1)))
+    late = asyncio.create_task(batcher.submit(unit(dark(2)), time.monotonic() + 0.01))
+    in_time = asyncio.create_task(batcher.submit(unit(dark(1)), time.monotonic() + 60))
+    await asyncio.sleep(0.03)
+    door.open.set()
+    with pytest.raises(TimeoutError, match="waited past their deadline"):
+        await late
+    await asyncio.gather(first, in_time)
+    assert door.sizes == [1, 1]
+    batcher.check_room(10)
+
+
+@pytest_asyncio.fixture
+async def patient(door) -> AsyncIterator[Batcher]:
+    """A batcher that may wait ten seconds for company: at most four images at once."""
+    door.open.set()
+    started = Batcher("fragile", door.predict, max_batch=4, capacity=10, longest_wait=10, metrics=Metrics()).start()
+    yield started
+    await started.stop()
+
+
+async def test_a_batch_waits_for_a_request_that_is_being_decoded_and_for_no_other(patient, door, dark):
+    with patient.coming():
+        first = asyncio.create_task(patient.submit(unit(dark(1))))
+        await asyncio.sleep(0.05)
+        assert door.sizes == []
+        second = asyncio.create_task(patient.submit(unit(dark(2))))
+        await asyncio.sleep(0.05)
+        assert door.sizes == []
+    await asyncio.gather(first, second)
+    assert door.sizes == [3], "what was decoded together is computed together"
+    await patient.submit(unit(dark(1)))
+    assert door.sizes == [3, 1], "nothing is being decoded, so a lone request does not wait"
+
+
+async def test_a_full_batch_waits_for_nobody(patient, door, dark):
+    with patient.coming():
+        await asyncio.wait_for(patient.submit(unit(dark(4))), 5)
+    assert door.sizes == [4]
+
+
+async def test_a_batch_waits_no_longer_than_it_may(door, dark):
+    door.open.set()
+    batcher = Batcher("fragile", door.predict, max_batch=4, capacity=10, longest_wait=0.05, metrics=Metrics()).start()
+    start = time.monotonic()
+    with batcher.coming():
+        await asyncio.wait_for(batcher.submit(unit(dark(1))), 5)
+        assert time.monotonic() - start >= 0.05
+    await batcher.stop()
+
+
+async def test_a_stop_does_not_wait_for_what_is_being_decoded(patient, door, dark):
+    with patient.coming():
+        waiting = asyncio.create_task(patient.submit(unit(dark(1))))
+        await asyncio.sleep(0.02)
+        await asyncio.wait_for(patient.stop(), 5)
+        await waiting
+    assert door.sizes == [1]
+
+
 async def test_the_queue_is_measured(door, dark):
     metrics = Metrics()
-    batcher = Batcher("fragile", door.predict, max_batch=4, capacity=10, metrics=metrics).start()
+    batcher = Batcher("fragile", door.predict, max_batch=4, capacity=10, longest_wait=0, metrics=metrics).start()
 
     def depth() -> float | None:
         return metrics.registry.get_sample_value("portcullis_queue_depth", {"model": "fragile"})
@@ -221,7 +282,7 @@ async def test_the_queue_is_measured(door, dark):
 
 async def test_forty_clients_at_once_each_get_what_their_image_alone_gets(gateway, store, dark, bright):
     names = ["logits", "score", "alert", "purified"]
-    alone = Engine(store / "models" / "digits" / "2" / "model.onnx", names, threads=1, noise=False)
+    alone = OnnxEngine(store / "models" / "digits" / "2" / "model.onnx", names, threads=1, noise=False)
     images = [(dark if number % 3 else bright)(1 + number % 4, seed=number) for number in range(40)]
     expected = [alone.predict(unit(pixels)) for pixels in images]
     async with gateway(max_batch=8) as visitor:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from model_store import InputSpec
-from service.engine import Engine
+from service.engines import OnnxEngine
 from service.images import decode_image
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -16,10 +16,10 @@ LABELS = ("zero", "one", "two", "three")
 
 
 @pytest.fixture(scope="module")
-def alone(store) -> Engine:
+def alone(store) -> OnnxEngine:
     """The serving version's graph, without a gateway around it."""
     outputs = ["logits", "score", "undefended_logits"]
-    return Engine(store / "models" / "digits" / "2" / "model.onnx", outputs, threads=1, noise=False)
+    return OnnxEngine(store / "models" / "digits" / "2" / "model.onnx", outputs, threads=1, noise=False)
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])

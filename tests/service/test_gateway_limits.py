@@ -73,6 +73,74 @@ async def test_a_request_that_takes_too_long_is_given_up_and_leaves_the_queue(ga
         assert (await visitor.infer("digits", dark(1))).status_code == 200
 
 
+async def test_a_request_is_given_up_when_its_own_time_is_over(gateway, dark, file_of):
+    async with gateway(models=("slow", "digits"), max_batch=1) as visitor:
+        busy = asyncio.create_task(visitor.infer("slow", dark(4)))
+        await asyncio.sleep(0.02)
+        tensor = await visitor.infer("slow", dark(1), parameters={"timeout": 50_000})
+        image = await visitor.predict("slow", file_of(dark(1)[0]), params={"timeout": 50_000})
+        for answer in (tensor, image):
+            assert answer.status_code == 504
+            assert answer.json() == {"error": "The request was given up after 0.05 s."}
+        at_once = await visitor.predict("slow", file_of(dark(1)[0]), params={"timeout": 1})
+        assert (at_once.status_code, at_once.json()["error"]) == (504, "The request was given up after 1e-06 s.")
+        for enough in (0, 60_000_000, 2**64 - 1):
+            assert (await visitor.infer("digits", dark(1), parameters={"timeout": enough})).status_code == 200
+            assert (await visitor.predict("digits", file_of(dark(1)[0]), params={"timeout": enough})).status_code == 200
+        assert (await busy).status_code == 200
+        labels = {"model": "slow", "version": "1", "outcome": "RequestTimedOut"}
+        assert await visitor.metric("requests_total", **labels) == 3
+        assert await visitor.metric("queue_depth", model="slow") == 0
+        assert await visitor.metric("batch_size_sum", model="slow") == 4, "what was given up was not computed"
+
+
+async def test_the_gateways_own_bound_holds_for_a_request_that_allows_itself_more(gateway, dark):
+    async with gateway(models=("slow",), max_batch=1, request_seconds=0.4) as visitor:
+        answer = await visitor.infer("slow", dark(20), parameters={"timeout": 60_000_000})
+        assert (answer.status_code, answer.json()["error"]) == (504, "The request was given up after 0.4 s.")
+
+
+@pytest.mark.parametrize("given", [-1, 1.5, True, "soon", None, 2**64])
+async def test_a_timeout_that_is_no_number_of_microseconds_is_refused(gateway, dark, file_of, given):
+    async with gateway() as visitor:
+        tensor = await visitor.infer("digits", dark(1), parameters={"timeout": given})
+        assert tensor.status_code == 400
+        assert "'timeout' of the request must be a whole number of microseconds from 0" in tensor.json()["error"]
+        image = await visitor.predict("digits", file_of(dark(1)[0]), params={"timeout": given})
+        assert image.status_code == 400
+        assert "'timeout' must be a whole number of microseconds from 0, not '" in image.json()["error"]
+
+
+async def test_no_more_requests_wait_to_be_decoded_than_may(gateway, dark):
+    async with gateway(queue_decodes=1, queue_images=10_000) as visitor:
+        request = visitor.request_of(dark(250), binary=False)
+        answers = await asyncio.gather(*(visitor.http.post("/v2/models/digits/infer", **request) for _ in range(30)))
+        counted = Counter(answer.status_code for answer in answers)
+        assert set(counted) == {200, 429}
+        assert counted[200] >= 3
+        for answer in answers:
+            if answer.status_code == 429:
+                assert answer.headers["retry-after"] == "1"
+                assert answer.json()["error"] == "1 requests wait to be decoded already and at most 1 may; try again."
+        assert await visitor.metric("rejected_total", reason="DecodeQueueFull") == counted[429]
+        assert (await visitor.infer("digits", dark(250), binary=False)).status_code == 200
+
+
+async def test_a_full_queue_refuses_an_image_before_it_is_decoded(gateway, dark, file_of):
+    async with gateway(models=("slow",), max_batch=1, queue_images=1) as visitor:
+        busy = []
+        for metric in ("batch_size_count", "queue_depth"):
+            busy.append(asyncio.create_task(visitor.infer("slow", dark(1))))
+            for _ in range(1000):
+                if await visitor.metric(metric, model="slow"):
+                    break
+                await asyncio.sleep(0.001)
+        answer = await visitor.predict("slow", b"no image at all")
+        assert answer.status_code == 429
+        assert await visitor.metric("stage_seconds_count", stage="decode") == 2
+        assert {(await task).status_code for task in busy} == {200}
+
+
 @pytest.mark.parametrize("path", ["/v2/models/digits/infer", "/v1/models/digits/predict"])
 async def test_a_body_that_does_not_come_is_not_waited_for(gateway, path):
     async def trickle() -> AsyncIterator[bytes]:

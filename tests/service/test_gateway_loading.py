@@ -2,13 +2,14 @@
 
 import asyncio
 import shutil
+import threading
 from pathlib import Path
 
 import onnx
 import pytest
 
 from model_store import SERVING, Draft, InputSpec, Store
-from service.engine import DeviceUnavailable
+from service.engines import DeviceUnavailable
 
 
 @pytest.fixture
@@ -238,8 +239,7 @@ async def test_a_version_that_is_named_twice_is_served_once(gateway, dark):
     async with gateway(models="digits,digits@2,digits@serving") as visitor:
         assert len((await visitor.http.get("/v1/models")).json()["models"]) == 1
         assert (await visitor.infer("digits", dark(1))).status_code == 200
-        started = [task for task in asyncio.all_tasks() if task.get_name() == "batches of digits"]
-        assert len(started) == 1
+        assert [thread.name for thread in threading.enumerate()].count("model-digits") == 1
 
 
 async def test_a_stop_leaves_nothing_running(gateway, bright):

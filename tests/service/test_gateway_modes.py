@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from service.engine import Answers
+from service.engines import Answers
 from service.verdicts import failed_rows
 
 LABELS = ("zero", "one", "two", "three")

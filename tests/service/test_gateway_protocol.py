@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from service.engine import Engine
+from service.engines import OnnxEngine
 from service.version import VERSION
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -24,10 +24,10 @@ EVERY_OUTPUT = {
 
 
 @pytest.fixture(scope="module")
-def alone(store) -> Engine:
+def alone(store) -> OnnxEngine:
     """The serving version's graph, without a gateway around it."""
     outputs = ["logits", "score", "alert", "undefended_logits", "purified"]
-    return Engine(store / "models" / "digits" / "2" / "model.onnx", outputs, threads=1, noise=False)
+    return OnnxEngine(store / "models" / "digits" / "2" / "model.onnx", outputs, threads=1, noise=False)
 
 
 def unit(pixels: np.ndarray) -> np.ndarray:

@@ -162,6 +162,50 @@ def test_a_client_that_breaks_off_leaves_the_gateway_well(server, dark, file_of)
     assert answer.status_code == 200
 
 
+def outcome(url: str, name: str, **labels: str) -> float:
+    """The value of a metric, 0 where it is not there."""
+    wanted = (
+        f"portcullis_{name}{{{','.join(f'{key}={chr(34)}{value}{chr(34)}' for key, value in sorted(labels.items()))}}} "
+    )
+    found = [line for line in httpx.get(f"{url}/metrics", timeout=30).text.splitlines() if line.startswith(wanted)]
+    return float(found[0].removeprefix(wanted)) if found else 0.0
+
+
+def test_a_client_that_leaves_or_runs_out_of_time_leaves_the_queue(serve, dark, file_of):
+    file = file_of(dark(1)[0])
+    with serve(models="slow,digits", max_batch=1) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        head = f"POST /v1/models/slow/predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(file)}\r\n\r\n"
+        connections = [socket.create_connection((host, int(port))) for _ in range(150)]
+        for connection in connections:
+            connection.sendall(head.encode() + file)
+        start = time.monotonic()
+        while outcome(server.url, "queue_depth", model="slow") < 100:
+            assert time.monotonic() - start < 5
+            time.sleep(0.01)
+        image = triton.InferInput("image", [1, 1, 16, 16], "UINT8")
+        image.set_data_from_numpy(dark(1))
+        with triton.InferenceServerClient(f"{host}:{port}") as client:
+            with pytest.raises(InferenceServerException, match=r"The request was given up after 0.03 s.") as caught:
+                client.infer("slow", [image], timeout=30_000)
+            assert caught.value.status() == "504"
+            assert client.infer("digits", [image], timeout=30_000_000).as_numpy("verdict") == [b"accepted"]
+        computed = outcome(server.url, "batch_size_sum", model="slow")
+        for connection in connections:
+            connection.close()
+        start = time.monotonic()
+        while outcome(server.url, "queue_depth", model="slow"):
+            assert time.monotonic() - start < 5
+            time.sleep(0.02)
+        gone = outcome(server.url, "requests_total", model="slow", version="1", outcome="ClientDisconnect")
+        assert gone > 20
+        answered = outcome(server.url, "requests_total", model="slow", version="1", outcome="ok")
+        assert gone + answered == 150
+        assert computed < 150
+        assert httpx.post(f"{server.url}/v1/models/slow/predict", content=file).status_code == 200
+    assert "Traceback" not in server.log.read_text()
+
+
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 async def test_a_stop_answers_all_that_was_accepted_and_records_every_alert(serve, dark, bright, tmp_path, stop):
     with serve(models="slow", max_batch=2) as server:

@@ -19,9 +19,11 @@ from model_store import InputSpec, Store
 from service.cli import app
 from service.correcting import CorrectingEngine
 from service.datasets import load_dataset
-from service.engine import Engine, GraphUnloadable
+from service.engines import GraphUnloadable, OnnxEngine
+from service.engines.opening import OnnxSource
 from service.fit import find_classifier
 from service.register import Declaration, register
+from service.settings import Settings
 
 DATA = ("--data", "digits")
 COOPHANCE = (*DATA, "--examples", "60", "--attack", "fgsm:epsilon=48/255", "--strength", "0.8", "--epochs", "0.3")
@@ -164,17 +166,18 @@ def test_an_alert_stands_where_the_second_graph_fails(fitted, sent, broken, monk
     folder = fitted / "models/digits/4"
     failed: list[int] = []
     outputs = ["logits", "alert", "purified", "undefended_logits"]
-    engine = CorrectingEngine(folder / "model.onnx", folder / "correction.onnx", outputs, failed=failed.append)
+    source = OnnxSource(folder / "model.onnx", folder / "correction.onnx", Settings(threads=1))
+    engine = CorrectingEngine(source, outputs, failed=failed.append)
     engine.try_out((1, 32, 32), 10)
     noise = np.random.default_rng(1).random((16, 1, 32, 32)).astype(np.float32)
 
-    def feed(**inputs: np.ndarray) -> dict[str, np.ndarray]:
+    def correct(purified: np.ndarray, undefended_logits: np.ndarray) -> dict[str, np.ndarray]:
         if broken == "fails":
             raise RuntimeError("the device is gone")
-        rows = len(inputs["purified"])
+        rows = len(purified)
         return {"logits": np.full((rows, 10), np.nan, np.float32), "corrected": np.zeros((rows, 1, 32, 32), np.float32)}
 
-    monkeypatch.setattr(engine._second, "feed", feed)
+    monkeypatch.setattr(engine._correction, "correct", correct)
     answers = engine.predict(noise)
     assert answers.alerts.sum() == sum(failed) > 0
     assert np.isfinite(answers.logits).all()
@@ -190,7 +193,8 @@ def test_a_second_graph_of_other_shapes_is_refused_by_name(fitted, tmp_path):
     graph.graph.node.append(onnx.helper.make_node("Gather", ["all_logits", "first_nine"], ["logits"], axis=1))
     del graph.graph.output[0].type.tensor_type.shape.dim[:]
     onnx.save(graph, tmp_path / "other.onnx")
-    engine = CorrectingEngine(folder / "model.onnx", tmp_path / "other.onnx", ["logits"], failed=lambda count: None)
+    source = OnnxSource(folder / "model.onnx", tmp_path / "other.onnx", Settings(threads=1))
+    engine = CorrectingEngine(source, ["logits"], failed=lambda count: None)
     with pytest.raises(
         GraphUnloadable, match=r"other.onnx cannot be run: expected logits of shape \(1, 10\), got \(1, 9\)"
     ):
@@ -248,6 +252,6 @@ def test_either_is_evaluated_from_the_store(fitted, version):
 
 def test_the_first_graph_alone_runs_without_the_second(fitted, sent):
     path = fitted / "models/digits/4/model.onnx"
-    answers = Engine(path, ["logits", "alert", "undefended_logits"]).predict(sent.astype(np.float32) / 255)
+    answers = OnnxEngine(path, ["logits", "alert", "undefended_logits"]).predict(sent.astype(np.float32) / 255)
     kept = ~answers.alerts
     np.testing.assert_allclose(answers.logits[kept], answers.undefended_logits[kept])

@@ -8,7 +8,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from service.engine import DeviceUnavailable, Engine, GraphUnloadable, check_device, outputs_of, pruned
+from service.engines import DeviceUnavailable, GraphUnloadable, OnnxEngine, outputs_of, pruned
+from service.engines.onnx_session import check_device
 
 FLAG = ["logits", "score", "alert"]
 EVERYTHING = [*FLAG, "undefended_logits", "purified"]
@@ -54,13 +55,13 @@ def sabotaged(model: onnx.ModelProto, output: str) -> onnx.ModelProto:
 
 
 def test_an_engine_gives_what_it_was_asked_for_and_nothing_else(graph, images):
-    answers = Engine(graph, FLAG, threads=1).predict(images)
+    answers = OnnxEngine(graph, FLAG, threads=1).predict(images)
     assert answers.logits.shape == (8, 4)
     assert answers.scores.shape == (8,)
     assert answers.alerts.tolist() == [False] * 4 + [True] * 4
     assert answers.undefended_logits is None
     assert answers.purified is None
-    everything = Engine(graph, EVERYTHING, threads=1).predict(images)
+    everything = OnnxEngine(graph, EVERYTHING, threads=1).predict(images)
     assert everything.undefended_logits.shape == (8, 4)
     assert everything.purified.shape == (8, 1, 16, 16)
     assert (everything.purified.min(), everything.purified.max()) >= (0, 0)
@@ -73,8 +74,8 @@ def test_what_no_output_needs_is_not_computed(protected_graph, images, tmp_path)
     with pytest.raises(Exception, match="out of data bounds"):
         whole.run(["logits"], {"image": images})
     with pytest.raises(Exception, match="out of data bounds"):
-        Engine(path, EVERYTHING, threads=1).predict(images)
-    assert Engine(path, FLAG, threads=1).predict(images).alerts.tolist() == [False] * 4 + [True] * 4
+        OnnxEngine(path, EVERYTHING, threads=1).predict(images)
+    assert OnnxEngine(path, FLAG, threads=1).predict(images).alerts.tolist() == [False] * 4 + [True] * 4
 
 
 def test_a_pruned_graph_keeps_what_its_outputs_need(graph):
@@ -95,14 +96,14 @@ def test_a_pruned_graph_keeps_what_its_outputs_need(graph):
 def test_the_bare_answer_alone_needs_neither_the_defense_nor_its_noise(protected_graph, images, tmp_path):
     path = saved(sabotaged(protected_graph, "purified"), tmp_path)
     with pytest.raises(Exception, match="out of data bounds"):
-        Engine(path, FLAG, threads=1).predict(images)
-    bare = [Engine(path, ["undefended_logits"], threads=1, noise=noise).run(images) for noise in (True, False)]
+        OnnxEngine(path, FLAG, threads=1).predict(images)
+    bare = [OnnxEngine(path, ["undefended_logits"], threads=1, noise=noise).run(images) for noise in (True, False)]
     np.testing.assert_array_equal(bare[0]["undefended_logits"], bare[1]["undefended_logits"])
     assert bare[0]["undefended_logits"].shape == (8, 4)
 
 
 def test_noise_is_drawn_afresh_for_every_run_unless_it_is_off(graph, images):
-    noisy, quiet = Engine(graph, EVERYTHING, threads=1), Engine(graph, EVERYTHING, threads=1, noise=False)
+    noisy, quiet = OnnxEngine(graph, EVERYTHING, threads=1), OnnxEngine(graph, EVERYTHING, threads=1, noise=False)
     first, second = noisy.predict(images), noisy.predict(images)
     assert (np.abs(first.purified - second.purified).max((1, 2, 3)) > 1e-3).all()
     assert np.abs(first.logits - second.logits).max() > 1e-3
@@ -113,12 +114,12 @@ def test_noise_is_drawn_afresh_for_every_run_unless_it_is_off(graph, images):
 
 
 def test_noise_differs_between_equal_images_of_one_batch(graph, images):
-    purified = Engine(graph, EVERYTHING, threads=1).predict(images[:1].repeat(6, 0)).purified
+    purified = OnnxEngine(graph, EVERYTHING, threads=1).predict(images[:1].repeat(6, 0)).purified
     assert all(np.abs(purified[row] - purified[row + 1]).max() > 1e-3 for row in range(5))
 
 
 def test_any_batch_gives_an_image_the_same_answer(graph, images):
-    engine = Engine(graph, EVERYTHING, threads=1, noise=False)
+    engine = OnnxEngine(graph, EVERYTHING, threads=1, noise=False)
     together = engine.predict(images)
     for row in range(len(images)):
         alone = engine.predict(images[row : row + 1])
@@ -127,7 +128,7 @@ def test_any_batch_gives_an_image_the_same_answer(graph, images):
 
 
 def test_rows_are_taken_from_every_column(graph, images):
-    answers = Engine(graph, FLAG, threads=1, noise=False).predict(images)
+    answers = OnnxEngine(graph, FLAG, threads=1, noise=False).predict(images)
     part = answers[3:5]
     np.testing.assert_array_equal(part.logits, answers.logits[3:5])
     np.testing.assert_array_equal(part.scores, answers.scores[3:5])
@@ -142,12 +143,12 @@ def test_a_graph_with_its_weights_in_another_file_is_loaded_and_pruned(protected
     onnx.save_model(own, path, save_as_external_data=True, location="model.onnx.data")
     assert (tmp_path / "model.onnx.data").stat().st_size > 10_000
     for outputs in (FLAG, EVERYTHING):
-        answers = Engine(path, outputs, threads=1, noise=False).predict(images)
-        expected = Engine(graph, outputs, threads=1, noise=False).predict(images)
+        answers = OnnxEngine(path, outputs, threads=1, noise=False).predict(images)
+        expected = OnnxEngine(graph, outputs, threads=1, noise=False).predict(images)
         np.testing.assert_allclose(answers.logits, expected.logits, atol=1e-5)
     (tmp_path / "model.onnx.data").unlink()
     with pytest.raises(GraphUnloadable, match=r"model\.onnx cannot be run: "):
-        Engine(path, FLAG)
+        OnnxEngine(path, FLAG)
 
 
 def test_a_graphs_outputs_are_listed(graph):
@@ -160,13 +161,13 @@ def test_a_file_that_holds_no_runnable_graph_is_refused(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(GraphUnloadable, match=r"model\.onnx cannot be run: ") as caught:
-        Engine(path, ["logits"])
+        OnnxEngine(path, ["logits"])
     assert caught.value.path == path
 
 
 def test_an_output_that_a_graph_has_not_is_refused(graph):
     with pytest.raises(GraphUnloadable, match="feelings"):
-        Engine(graph, ["logits", "feelings"])
+        OnnxEngine(graph, ["logits", "feelings"])
 
 
 @pytest.fixture
@@ -181,7 +182,7 @@ def no_gpu() -> None:
 
 @pytest.mark.usefixtures("no_gpu")
 def test_a_gpu_that_is_not_there_is_never_replaced_by_the_processor(graph):
-    for attempt in (lambda: check_device("cuda"), lambda: Engine(graph, FLAG, device="cuda")):
+    for attempt in (lambda: check_device("cuda"), lambda: OnnxEngine(graph, FLAG, device="cuda")):
         with pytest.raises(DeviceUnavailable, match="Asked to run on cuda, but ONNX Runtime offers only CPU") as caught:
             attempt()
         assert caught.value.device == "cuda"

@@ -1,0 +1,175 @@
+"""Load a gateway to its capacity and beyond: `python -m loadtest.overload NAME --store ... --images ...`.
+
+Five acts on one gateway: the capacity in a closed loop, 80 % of it at a fixed rate, 150 % of it, then 80 % again while
+it recovers. Latencies count from when a request was to be sent. Prints JSON with a verdict on each limit and exits 1
+where one is broken.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loadtest.connections import Address, Message
+from loadtest.drivers import closed_loop, drive, open_loop
+from loadtest.image_sets import ImageSet, traffic
+from loadtest.messages import Body
+from loadtest.runs import TOO_MANY, Run
+from loadtest.serving import Running, gateway
+from loadtest.watching import memory_over_time
+from model_store import parse_reference
+from service.cli.common import failures_told
+
+TAIL = 5.0
+"""How many times p50 p99 may be at 80 %."""
+SLOWER = 2.0
+"""How many times the p99 at 80 % the accepted requests' may be at 150 %, and after the recovery."""
+RECOVERY_SECONDS = 5.0
+GROWTH = 1.25
+"""How many times the memory held before the overload may be held during it."""
+WARM_UP_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Acts:
+    """What each act showed; memory in bytes, the most while it lasted."""
+
+    capacity: Run
+    steady: Run
+    over: Run
+    recovery: Run
+    steady_memory: int
+    over_memory: int
+
+
+def main(
+    name: Annotated[str, typer.Argument(help="The model, as NAME or NAME@VERSION.")],
+    images: Annotated[Path, typer.Option(help="The images, from python -m loadtest.image_sets.")],
+    store: Annotated[Path, typer.Option(help="Folder of the model store.")] = Path("var/demo/store"),
+    body: Annotated[Body, typer.Option(help="How an image is sent.")] = "png",
+    share: Annotated[float, typer.Option(help="The share of adversarial images.", min=0, max=1)] = 0.0,
+    capacity_seconds: Annotated[float, typer.Option(help="How long the capacity is measured.", min=0.5)] = 20,
+    concurrency: Annotated[int, typer.Option(help="Requests in flight for the capacity.", min=1)] = 64,
+    steady_seconds: Annotated[float, typer.Option(help="How long 80 % last.", min=0.5)] = 300,
+    over_seconds: Annotated[float, typer.Option(help="How long 150 % last.", min=0.5)] = 60,
+    recovery_seconds: Annotated[float, typer.Option(help="How long the recovery is watched.", min=1)] = 20,
+    setting: Annotated[list[str] | None, typer.Option(help="A setting of the gateway, as name=value.")] = None,
+) -> None:
+    """Run the acts and print what they showed."""
+    with failures_told():
+        model, _ = parse_reference(name)
+        messages = traffic(ImageSet.read(images), share, model, body)
+        settings = settings_of(setting or [])
+        with gateway(store, models=name, **settings) as server:
+            acts = play(
+                server,
+                messages,
+                concurrency=concurrency,
+                seconds=(capacity_seconds, steady_seconds, over_seconds, recovery_seconds),
+                told=partial(typer.echo, err=True),
+            )
+    verdicts = judge(acts)
+    result = {
+        "command": " ".join(["python -m loadtest.overload", *sys.argv[1:]]),
+        "settings": settings,
+        "capacity_per_second": acts.capacity.rate,
+        "acts": {name: getattr(acts, name).summary() for name in ("capacity", "steady", "over", "recovery")},
+        "recovered_after_seconds": recovered_after(acts.recovery, SLOWER * acts.steady.percentile(99)),
+        "memory_bytes": {"steady": acts.steady_memory, "over": acts.over_memory},
+        "verdicts": verdicts,
+        "passed": all(verdict["passed"] for verdict in verdicts),
+    }
+    typer.echo(json.dumps(result, indent=1))
+    raise typer.Exit(0 if result["passed"] else 1)
+
+
+def settings_of(given: Sequence[str]) -> dict[str, str]:
+    """Return settings by name; raises ``ValueError`` for one that is not ``name=value``."""
+    parts = [text.partition("=") for text in given]
+    for name, sign, value in parts:
+        if not (name and sign):
+            raise ValueError(f"Expected a setting as name=value, got {name + sign + value!r}.")
+    return {name: value for name, _, value in parts}
+
+
+def play(
+    server: Running,
+    messages: Sequence[Message],
+    *,
+    concurrency: int,
+    seconds: tuple[float, float, float, float],
+    told: Callable[[str], None],
+) -> Acts:
+    """Play the acts, each for its seconds; the rates follow from the first."""
+    address = Address.of(server.url)
+    drive(closed_loop(address, messages, concurrency=concurrency, seconds=min(WARM_UP_SECONDS, seconds[0])))
+    capacity = drive(closed_loop(address, messages, concurrency=concurrency, seconds=seconds[0]))
+    if capacity.rate == 0:
+        raise ValueError(f"Expected answers with 200 to measure a capacity, got {capacity.summary()['statuses']}.")
+    told(f"capacity: {capacity.rate:.0f} requests per second")
+    runs, memories = [], []
+    for name, factor, length in zip(("80 %", "150 %", "80 % again"), (0.8, 1.5, 0.8), seconds[1:], strict=True):
+        told(f"{name} for {length:g} s")
+        with memory_over_time(server, min(1.0, length / 4)) as samples:
+            runs.append(drive(open_loop(address, messages, rate=factor * capacity.rate, seconds=length)))
+        memories.append(max(held for _, held in samples))
+    steady, over, recovery = runs
+    return Acts(capacity, steady, over, recovery, memories[0], memories[1])
+
+
+def judge(acts: Acts) -> list[dict[str, Any]]:
+    """Return a verdict on each limit: what is expected, what was measured, and whether it passed."""
+    steady, over = acts.steady, acts.over
+    limit = SLOWER * steady.percentile(99)
+    recovered = recovered_after(acts.recovery, limit)
+    growth = acts.over_memory / acts.steady_memory
+    tail = steady.percentile(99) / steady.percentile(50)
+    slower = over.percentile(99) / steady.percentile(99)
+    refused = int((over.statuses == TOO_MANY).sum())
+    return [
+        _verdict("at 80 % every answer is 200", steady.errors, steady.errors == 0 and len(steady.seconds) > 0),
+        _verdict(f"at 80 % p99 is under {TAIL:g} times p50", tail, tail < TAIL),
+        _verdict("at 150 % requests are refused with 429", refused, refused > 0),
+        _verdict("at 150 % every other answer is 200", over.errors - refused, over.errors == refused and over.rate > 0),
+        _verdict(f"at 150 % accepted requests' p99 is within {SLOWER:g} times that at 80 %", slower, slower <= SLOWER),
+        _verdict(f"at 150 % memory is within {GROWTH:g} times that at 80 %", growth, growth <= GROWTH),
+        _verdict(
+            f"within {RECOVERY_SECONDS:g} s all is as at 80 % again",
+            recovered,
+            recovered is not None and recovered <= RECOVERY_SECONDS,
+        ),
+    ]
+
+
+def recovered_after(run: Run, limit: float) -> float | None:
+    """Return the second from which every further second had answers of 200 alone and a p99 within ``limit`` seconds.
+
+    None where the last second was not so.
+    """
+    seconds = range(int(run.intended.max()) + 1 if len(run.intended) else 0)
+    bad = [second for second in seconds if not _well(run, second, limit)]
+    if not len(seconds) or (bad and bad[-1] == seconds[-1]):
+        return None
+    return float(bad[-1] + 1) if bad else 0.0
+
+
+def _well(run: Run, second: int, limit: float) -> bool:
+    within = (run.intended >= second) & (run.intended < second + 1)
+    if not within.any():
+        return True
+    columns = (run.intended[within], run.seconds[within], run.statuses[within], run.late[within])
+    part = Run(*columns, {}, 1.0)
+    return part.errors == 0 and part.percentile(99) <= limit
+
+
+def _verdict(expected: str, measured: float | None, passed: bool) -> dict[str, Any]:
+    return {"expected": expected, "measured": measured, "passed": bool(passed)}
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,123 @@
+"""The gateway's own cost: an idle server's latency beside what no gateway could do without."""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from loadtest.connections import Address, Message
+from loadtest.drivers import closed_loop, drive
+from loadtest.messages import png, png_message
+from loadtest.serving import Running, free_port, gateway, running
+from model_store import Fetched
+from service.engines import OnnxEngine, outputs_of
+from service.images import decode_image
+from service.served import GRAPH
+
+WARM_UP_REQUESTS = 200
+MAX_PIXELS = 25_000_000
+
+
+class Cost(NamedTuple):
+    """Milliseconds of a request or a call: the p50 by the clock, and the processor time."""
+
+    p50: float
+    cpu: float
+
+
+@contextmanager
+def echo() -> Iterator[Running]:
+    """Run the bare server until the block ends."""
+    port = free_port()
+    with running([sys.executable, str(Path(__file__).with_name("echo.py")), str(port)], port, ready="/") as server:
+        yield server
+
+
+def own_cost(
+    store: Path,
+    versions: dict[str, Fetched],
+    images: np.ndarray,
+    *,
+    requests: int,
+    rounds: int,
+    told: Callable[[str], None],
+) -> dict[str, Any]:
+    """Return the latencies of single requests to the gateway, one at a time, and those of their parts.
+
+    ``versions`` are by what they are called. For each: the gateway's p50 in milliseconds, those of decoding and of the
+    engine in this process, that of a bare uvicorn that answers a fixed text, and ``ratio``, the first over the sum of
+    the others; medians of the rounds, in which all take turns. The same of the processor's time, with ``cpu_ratio``.
+    """
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in versions}
+    for number in range(rounds):
+        told(f"round {number + 1} of {rounds}: the gateway's own cost")
+        with echo() as server:
+            least = _alone(server, [png_message(image, "/") for image in images], requests)
+        for name, fetched in versions.items():
+            manifest = fetched.manifest
+            path = f"/v1/models/{manifest.name}/predict"
+            with gateway(store, models=f"{manifest.name}@{manifest.version}", threads=1) as server:
+                whole = _alone(server, [png_message(image, path) for image in images], requests)
+            rows[name].append(_row(whole, least, _decoding(fetched, images), _engine(fetched, images)))
+    return {
+        name: {key: statistics.median(row[key] for row in measured) for key in measured[0]}
+        | {"ratios": [row["ratio"] for row in measured]}
+        for name, measured in rows.items()
+    }
+
+
+def _row(whole: Cost, least: Cost, decoding: Cost, engine: Cost) -> dict[str, float]:
+    parts = (least, decoding, engine)
+    return {
+        "gateway_p50": whole.p50,
+        "echo_p50": least.p50,
+        "decode": decoding.p50,
+        "engine": engine.p50,
+        "ratio": whole.p50 / sum(part.p50 for part in parts),
+        "gateway_cpu_milliseconds": whole.cpu,
+        "echo_cpu_milliseconds": least.cpu,
+        "decode_cpu_milliseconds": decoding.cpu,
+        "engine_cpu_milliseconds": engine.cpu,
+        "cpu_ratio": whole.cpu / sum(part.cpu for part in parts),
+    }
+
+
+def _alone(server: Running, messages: list[Message], requests: int) -> Cost:
+    """Return what one request at a time costs, of the server's processor time."""
+    address = Address.of(server.url)
+    drive(closed_loop(address, messages, concurrency=1, requests=WARM_UP_REQUESTS))
+    before = server.cpu_seconds
+    run = drive(closed_loop(address, messages, concurrency=1, requests=requests))
+    return Cost(1000 * run.percentile(50), 1000 * (server.cpu_seconds - before) / requests)
+
+
+def _decoding(fetched: Fetched, images: np.ndarray) -> Cost:
+    encoded = [png(image) for image in images]
+    spec = fetched.manifest.input
+    return _median([lambda data=data: decode_image(data, spec, max_pixels=MAX_PIXELS) for data in encoded])
+
+
+def _engine(fetched: Fetched, images: np.ndarray) -> Cost:
+    path = fetched.folder / GRAPH
+    present = outputs_of(path)
+    engine = OnnxEngine(path, [name for name in ("logits", "score", "alert", "purified") if name in present], threads=1)
+    rows = [image[None].astype(np.float32) / np.float32(255) for image in images]
+    return _median([lambda row=row: engine.run(row) for row in rows])
+
+
+def _median(calls: list[Callable[[], object]]) -> Cost:
+    """Return what one of the calls costs, after all were made once."""
+    times, used = [], []
+    for repetition in range(3):
+        for call in calls:
+            start, before = time.perf_counter(), time.process_time()
+            call()
+            if repetition:
+                times.append(time.perf_counter() - start)
+                used.append(time.process_time() - before)
+    return Cost(1000 * statistics.median(times), 1000 * statistics.median(used))

@@ -1,0 +1,100 @@
+"""What is decoded where: small images and messages at once, the others in threads, behind a bounded queue."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import ParamSpec, TypeVar
+
+import numpy as np
+from PIL.ImageFile import ImageFile
+
+from model_store import InputSpec
+from service.images import ImageRefused, open_image, read_pixels, scale_images
+from service.uploads import Upload
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+SMALL_BYTES = 2**14
+"""Images of at most so many bytes in all, and ..."""
+
+SMALL_PIXELS = 2**14
+"""... so many pixels in all, are decoded on the event loop: it takes less time than handing them to a thread."""
+
+
+class DecodeQueueFull(RuntimeError):
+    """As many requests wait to be decoded as may."""
+
+    def __init__(self, waiting: int, capacity: int) -> None:
+        super().__init__(f"{waiting} requests wait to be decoded already and at most {capacity} may; try again.")
+
+
+class Decoder:
+    """Decode in ``threads`` threads, with at most ``capacity`` requests waiting for one of them."""
+
+    def __init__(self, threads: int, capacity: int) -> None:
+        self._threads = threads
+        self._capacity = capacity
+        self._unfinished = 0
+        self._counting = threading.Lock()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decoder")
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function in a thread; raises ``DecodeQueueFull``, and what the function raises.
+
+        A caller that is cancelled takes its call out of the queue.
+        """
+        waiting = self._unfinished - self._threads
+        if waiting >= self._capacity:
+            raise DecodeQueueFull(waiting, self._capacity)
+        self._count(1)
+        call = self._pool.submit(function, *args, **kwargs)
+        # Not when the caller is done: a call that was begun goes on without one, and its thread is not free.
+        call.add_done_callback(lambda _: self._count(-1))
+        return await asyncio.wrap_future(call)
+
+    def close(self) -> None:
+        """Take no more calls."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _count(self, calls: int) -> None:
+        with self._counting:
+            self._unfinished += calls
+
+
+async def decode_uploads(
+    uploads: Sequence[Upload], spec: InputSpec, decoder: Decoder, coming: AbstractContextManager[None], max_pixels: int
+) -> np.ndarray:
+    """Decode images into float32 (N, C, H, W) in [0, 1]; ``coming`` is entered while they are decoded in a thread.
+
+    Raises ``ImageRefused``, which names the image where there are several, and ``DecodeQueueFull``.
+    """
+    if sum(len(upload.data) for upload in uploads) <= SMALL_BYTES:
+        opened = _opened(uploads, max_pixels)
+        if sum(image.width * image.height for image in opened) <= SMALL_PIXELS:
+            return _read(uploads, opened, spec)
+    with coming:
+        return await decoder.run(lambda: _read(uploads, _opened(uploads, max_pixels), spec))
+
+
+def _opened(uploads: Sequence[Upload], max_pixels: int) -> list[ImageFile]:
+    return _each(uploads, lambda number: open_image(uploads[number].data, max_pixels=max_pixels))
+
+
+def _read(uploads: Sequence[Upload], opened: Sequence[ImageFile], spec: InputSpec) -> np.ndarray:
+    return scale_images(_each(uploads, lambda number: read_pixels(opened[number], spec)))
+
+
+def _each(uploads: Sequence[Upload], step: Callable[[int], T]) -> list[T]:
+    """Take a step for each upload by number; what it refuses is refused by name where there are several."""
+    done = []
+    for number, upload in enumerate(uploads):
+        try:
+            done.append(step(number))
+        except ImageRefused as error:
+            if len(uploads) == 1:
+                raise
+            raise ImageRefused(f"Image {number} ({upload.name}): {error}") from error
+    return done
