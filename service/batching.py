@@ -175,12 +175,12 @@ class Batcher(Generic[A]):
 
     def _next_batch(self) -> list[_Waiting[A]]:
         with self._changed:
-            while True:
+            while not (self._closed and not self._waiting):
                 self._wait_for_images()
-                if not self._waiting:
-                    return []
+                # What waited may have been withdrawn meanwhile, or be over.
                 if batch := self._taken():
                     return batch
+        return []
 
     def _wait_for_images(self) -> None:
         while not self._waiting and not self._closed:
@@ -211,9 +211,9 @@ class Batcher(Generic[A]):
 
     def _answer(self, batch: Sequence[_Waiting[A]]) -> None:
         start = monotonic()
-        images = batch[0].images if len(batch) == 1 else np.concatenate([piece.images for piece in batch])
-        self._sizes.observe(len(images))
+        self._sizes.observe(sum(len(piece.images) for piece in batch))
         try:
+            images = batch[0].images if len(batch) == 1 else np.concatenate([piece.images for piece in batch])
             with Timed(self._seconds):
                 outcome: A | Exception = self._predict(images)
         except Exception as error:

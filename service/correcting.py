@@ -65,7 +65,9 @@ class CorrectingEngine:
             logger.exception("%s failed on alerted images; they keep their purified answer.", self._correction.name)
             self._failed(len(rows))
             return
-        finite = np.isfinite(corrected["logits"]).all(1)
+        finite = np.logical_and.reduce(
+            [np.isfinite(answers.reshape(len(rows), -1)).all(1) for answers in corrected.values()]
+        )
         if not finite.all():
             logger.error("%s gave values that are not finite on alerted images.", self._correction.name)
             self._failed(int((~finite).sum()))

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from math import prod
 from typing import ParamSpec, TypeVar
 
 import numpy as np
@@ -21,7 +22,13 @@ SMALL_BYTES = 2**14
 """Images of at most so many bytes in all, and ..."""
 
 SMALL_PIXELS = 2**14
-"""... so many pixels in all, are decoded on the event loop: it takes less time than handing them to a thread."""
+"""... so many pixels in all, to be brought to at most ..."""
+
+SMALL_VALUES = 2**16
+"""... so many values, are decoded on the event loop: it takes less time than handing them to a thread."""
+
+COMPRESSED_CHUNKS = (b"zTXt", b"iTXt", b"iCCP")
+"""Chunks of a PNG that a few bytes may swell to megabytes of text, which are read when it is opened."""
 
 
 class DecodeQueueFull(RuntimeError):
@@ -71,12 +78,21 @@ async def decode_uploads(
 
     Raises ``ImageRefused``, which names the image where there are several, and ``DecodeQueueFull``.
     """
-    if sum(len(upload.data) for upload in uploads) <= SMALL_BYTES:
+    if _looks_small(uploads, spec):
         opened = _opened(uploads, max_pixels)
         if sum(image.width * image.height for image in opened) <= SMALL_PIXELS:
             return _read(uploads, opened, spec)
     with coming:
         return await decoder.run(lambda: _read(uploads, _opened(uploads, max_pixels), spec))
+
+
+def _looks_small(uploads: Sequence[Upload], spec: InputSpec) -> bool:
+    """Say whether images may be opened on the event loop, before anything of them is read."""
+    return (
+        sum(len(upload.data) for upload in uploads) <= SMALL_BYTES
+        and len(uploads) * prod(spec.shape) <= SMALL_VALUES
+        and not any(chunk in upload.data for upload in uploads for chunk in COMPRESSED_CHUNKS)
+    )
 
 
 def _opened(uploads: Sequence[Upload], max_pixels: int) -> list[ImageFile]:

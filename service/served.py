@@ -80,6 +80,7 @@ class ServedModel:
             if self.defended and (self.mode == "shadow" or settings.on_defense_error == "open")
             else None
         )
+        self._bare_turn = asyncio.Semaphore()
         if "alert" in wanted and fetched.manifest.threshold is None:
             raise GraphUnloadable(path, "it raises alerts, but its manifest holds no threshold.")
         self.outputs = frozenset([*wanted, "p_value"] if held and "score" in wanted else wanted)
@@ -98,7 +99,7 @@ class ServedModel:
         """Open the version, and what corrects alerted images where it holds that."""
         if CORRECTION not in self.manifest.files:
             return source.open(tuple(outputs))
-        engine = CorrectingEngine(source, outputs, failed=self._metrics.defense_errors.labels(self.name).inc)
+        engine = CorrectingEngine(source, outputs, failed=self.metrics.defense_errors.inc)
         engine.try_out(self.manifest.input.shape, len(self.manifest.labels))
         return engine
 
@@ -119,7 +120,6 @@ class ServedModel:
         """Start to take images; call within a running event loop."""
         self._batcher.start()
         self._metrics.model_info.labels(*self._info).set(1)
-        self._metrics.defense_errors.labels(self.name)  # shown as 0 until the first
         return self
 
     async def stop(self) -> None:
@@ -178,11 +178,13 @@ class ServedModel:
         self, images: np.ndarray, answers: Answers | None, failed: np.ndarray
     ) -> tuple[Answers, np.ndarray]:
         """Give the bare answer on the failed rows, score and purified image zero, or fail closed."""
-        self._metrics.defense_errors.labels(self.name).inc(int(failed.sum()))
+        self.metrics.defense_errors.inc(int(failed.sum()))
         if self._bare is None:
             raise DefenseFailed(self.name, int(failed.sum()))
         try:
-            bare = (await asyncio.to_thread(self._bare.run, images))["undefended_logits"]
+            # One at a time, as in the model's own thread: a defense that fails is no way past its queue.
+            async with self._bare_turn:
+                bare = (await asyncio.to_thread(self._bare.run, images))["undefended_logits"]
         except Exception as error:  # the runtime's own exceptions share no narrower ancestor
             raise DefenseFailed(self.name, int(failed.sum())) from error
         if not np.isfinite(bare[failed]).all():

@@ -49,12 +49,12 @@ class Decision:
 
 
 def failed_rows(answers: Answers) -> np.ndarray:
-    """Return (N,) which rows hold a logit or a score that is not finite: there the defense itself failed."""
-    failed: np.ndarray = ~np.isfinite(answers.logits).all(1)
-    if answers.undefended_logits is not None:
-        failed |= ~np.isfinite(answers.undefended_logits).all(1)
-    if answers.scores is not None:
-        failed |= ~np.isfinite(answers.scores)
+    """Return (N,) which rows hold a number that is not finite: there the defense itself failed."""
+    told = (answers.logits, answers.undefended_logits, answers.scores, answers.purified)
+    failed = np.zeros(len(answers.logits), bool)
+    for values in told:
+        if values is not None:
+            failed |= ~np.isfinite(values.reshape(len(values), -1)).all(1)
     return failed
 
 

@@ -60,6 +60,28 @@ class OnnxSource:
         )
 
 
+@dataclass(frozen=True)
+class Preferred:
+    """Open engines with the first of two sources, and with the second where that turns out not to suit the version."""
+
+    first: Source
+    second: Source
+
+    def open(self, outputs: tuple[str, ...]) -> Engine:
+        try:
+            return self.first.open(outputs)
+        except VersionUnsuitable as error:
+            logger.info("ONNX Runtime runs it: %s", error)
+            return self.second.open(outputs)
+
+    def open_correction(self, *, purified: bool) -> Correction:
+        try:
+            return self.first.open_correction(purified=purified)
+        except VersionUnsuitable as error:
+            logger.info("ONNX Runtime corrects: %s", error)
+            return self.second.open_correction(purified=purified)
+
+
 def open_source(fetched: Fetched, graph: Path, correction: Path, settings: Settings) -> Source:
     """Return what opens engines for a version whose graphs lie at these paths.
 
@@ -67,9 +89,11 @@ def open_source(fetched: Fetched, graph: Path, correction: Path, settings: Setti
     the version; else ONNX Runtime, and the log says why. Raises ``VersionUnsuitable`` for a version that the engine
     asked for cannot run, and ``EngineUnavailable``.
     """
+    onnx = OnnxSource(graph, correction, settings)
     if settings.engine == "torch" or (settings.engine == "auto" and settings.device == "cuda"):
         try:
-            return _torch_source(fetched, settings)
+            torch = _torch_source(fetched, settings)
+            return torch if settings.engine == "torch" else Preferred(torch, onnx)
         except (EngineUnavailable, VersionUnsuitable) as error:
             if settings.engine == "torch":
                 raise
@@ -77,7 +101,7 @@ def open_source(fetched: Fetched, graph: Path, correction: Path, settings: Setti
     if settings.precision not in OWN_PRECISION:
         version = f"{fetched.manifest.name}@{fetched.manifest.version}"
         raise VersionUnsuitable(version, "onnx", f"it computes a graph as it is and not in {settings.precision}")
-    return OnnxSource(graph, correction, settings)
+    return onnx
 
 
 def check_engine(settings: Settings) -> None:

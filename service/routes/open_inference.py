@@ -25,6 +25,9 @@ NPY = "application/x-npy"
 LARGE_BYTES = 2**16
 """Messages above it are decoded and encoded off the event loop."""
 
+LARGE_VALUES = 2**12
+"""So are answers with more values to be written as JSON."""
+
 INFER_BODY = {
     "requestBody": {
         "required": True,
@@ -114,7 +117,7 @@ async def infer(request: Request, model: str, version: str | None = None) -> Res
                 message, images = _decoded(body, header_length, served, gateway)
             timed.shorten(message.timeout)
             names = _requested(message, served, gateway)
-        if "x-request-id" not in request.headers and message.id:
+        if not request.headers.get("x-request-id") and message.id:
             caller = caller.known_as(message.id)
         received = [partial(_as_npy, row) for row in message.inputs[0].data]
         decision, alert_ids = await gateway.predict(served, images, received, caller, timed.deadline)
@@ -123,7 +126,9 @@ async def infer(request: Request, model: str, version: str | None = None) -> Res
             # The alerts' ids, one place a row, when there are any.
             parameters = {"alert_ids": ",".join(id or "" for id in alert_ids)} if any(alert_ids) else None
             answer = served.name, str(served.version), message.id, outputs, parameters
-            encoded = await asyncio.to_thread(encode_infer, *answer) if large else encode_infer(*answer)
+            written = sum(np.size(output.data) for output in outputs if not output.binary)
+            apart = large or written > LARGE_VALUES
+            encoded = await asyncio.to_thread(encode_infer, *answer) if apart else encode_infer(*answer)
     headers = {**encoded.headers, "x-request-id": caller.request_id}
     return Response(encoded.body, media_type=encoded.media_type, headers=headers)
 

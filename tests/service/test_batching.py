@@ -317,3 +317,15 @@ async def test_a_request_that_breaks_the_run_fails_alone_among_many(gateway, dar
             if answer.status_code == 200:
                 alone = await visitor.outputs("fragile", pixels, ["logits"])
                 np.testing.assert_allclose(visitor.read(answer)["logits"], alone["logits"], atol=1e-5)
+
+
+async def test_a_model_goes_on_after_all_that_waited_for_company_has_left(patient, door, dark):
+    with patient.coming():
+        left = asyncio.create_task(patient.submit(unit(dark(1))))
+        await asyncio.sleep(0.05)
+        left.cancel()
+        await asyncio.gather(left, return_exceptions=True)
+    await asyncio.sleep(0.05)
+    (answer,) = await asyncio.wait_for(patient.submit(unit(dark(2))), 5)
+    assert len(answer.logits) == 2
+    assert door.sizes == [2]

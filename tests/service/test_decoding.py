@@ -1,6 +1,7 @@
 """What is decoded at once and what in threads, and how much may wait for one."""
 
 import asyncio
+import math
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -9,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import pytest_asyncio
+from PIL.PngImagePlugin import PngInfo
 
 from model_store import InputSpec
-from service.decoding import DecodeQueueFull, Decoder, decode_uploads
+from service.decoding import SMALL_BYTES, SMALL_VALUES, DecodeQueueFull, Decoder, decode_uploads
 from service.images import ImageRefused, decode_image
 from service.uploads import Upload
 
@@ -128,3 +130,23 @@ async def test_the_image_that_is_refused_is_named_among_several(decoder, file_of
         await decoded(large, small, max_pixels=300)
     with pytest.raises(ImageRefused, match=r"^The PNG image is damaged or truncated"):
         await decoded(large[:-40])
+
+
+async def test_a_small_image_that_is_enlarged_is_so_in_a_thread(decoder, file_of, dark):
+    side = math.isqrt(SMALL_VALUES)
+    uploads = [Upload("it", file_of(dark(1)[0]))]
+    for wanted, in_a_thread in ((side, False), (side + 1, True)):
+        spec, company = SPEC.model_copy(update={"shape": (1, wanted, wanted), "resize": "bilinear"}), Company()
+        images = await decode_uploads(uploads, spec, decoder, company.coming(), 10**6)
+        assert images.shape == (1, 1, wanted, wanted)
+        assert company.times == in_a_thread
+
+
+async def test_a_png_that_may_swell_when_it_is_opened_is_opened_in_a_thread(decoder, file_of, dark):
+    text = PngInfo()
+    text.add_text("Comment", "x" * 500_000, zip=True)
+    file, company = file_of(dark(1)[0], "PNG", pnginfo=text), Company()
+    assert len(file) < SMALL_BYTES
+    images = await decode_uploads([Upload("it", file)], SPEC, decoder, company.coming(), 10**6)
+    np.testing.assert_array_equal(images, decode_image(file, SPEC, max_pixels=10**6)[None])
+    assert company.times == 1

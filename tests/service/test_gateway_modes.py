@@ -219,10 +219,11 @@ async def test_failing_open_leaves_a_defense_that_works_alone(gateway, mixed):
         assert (await visitor.outputs("digits", mixed))["verdict"] == ["accepted", "alert"] * 2
 
 
-@pytest.mark.parametrize("column", ["logits", "scores", "undefended_logits"])
+@pytest.mark.parametrize("column", ["logits", "scores", "undefended_logits", "purified"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_row_with_any_logit_or_score_that_is_not_finite_counts_as_failed(column, value):
-    columns = {"logits": np.ones((3, 4)), "scores": np.ones(3), "undefended_logits": np.ones((3, 4))}
+def test_a_row_with_any_number_that_is_not_finite_counts_as_failed(column, value):
+    ones, images = np.ones((3, 4)), np.ones((3, 1, 2, 2))
+    columns = {"logits": ones, "scores": np.ones(3), "undefended_logits": ones.copy(), "purified": images}
     assert failed_rows(Answers(**columns)).tolist() == [False, False, False]
     columns[column][1] = value
     assert failed_rows(Answers(**columns)).tolist() == [False, True, False]

@@ -10,7 +10,7 @@ import torch
 
 from model_store import Store
 from service.engines import DeviceUnavailable, EngineUnavailable, OnnxEngine, VersionUnsuitable
-from service.engines.opening import OnnxSource, check_engine, open_source
+from service.engines.opening import OnnxSource, Preferred, check_engine, open_source
 from service.engines.torch_engine import TorchCorrection, TorchEngine
 from service.engines.torch_opening import TorchSource
 from service.settings import Settings
@@ -141,6 +141,22 @@ def test_a_gpu_that_is_not_there_is_named_by_whoever_looked_for_it(opened, caplo
     with caplog.at_level("INFO", "portcullis"):
         assert isinstance(opened(2, engine="auto", device="cuda"), OnnxSource)
     assert "ONNX Runtime runs digits@2: Asked for the engine torch, but torch finds no GPU here." in caplog.text
+
+
+def test_what_does_not_suit_the_preferred_engine_is_left_to_the_other(opened, caplog):
+    class Unsuited:
+        def open(self, outputs):
+            raise VersionUnsuitable("digits@2", "torch", "it is too large")
+
+        def open_correction(self, *, purified):
+            raise VersionUnsuitable("digits@2", "torch", "it is too large")
+
+    source = Preferred(Unsuited(), opened(2, engine="onnx"))
+    with caplog.at_level("INFO", "portcullis"):
+        assert isinstance(source.open(("logits",)), OnnxEngine)
+    assert "it is too large" in caplog.text
+    source = Preferred(opened(2, engine="torch"), opened(2, engine="onnx"))
+    assert isinstance(source.open(("logits",)), TorchEngine)
 
 
 def test_torch_that_is_not_installed_is_refused_before_anything_is_served(published_versions, tmp_path):
