@@ -193,7 +193,7 @@ def servers(plan: Plan) -> dict[str, Any]:
         rounds=plan.rounds,
         told=plan.told,
     )
-    best = best_settings(raced["runs"])
+    best = best_settings(raced["runs"], plan.rounds)
     own = [f"{OWN} {name}" for name in plan.versions]
     return {
         "seconds": plan.seconds,

@@ -72,7 +72,6 @@ class Connection(asyncio.Protocol):
         self._waiting: asyncio.Future[Reply] | None = None
         self._content: list[bytes] = []
         self._received = 0
-        self.used = False
 
     @classmethod
     async def open(cls, address: Address) -> Self:
@@ -97,8 +96,6 @@ class Connection(asyncio.Protocol):
         except asyncio.CancelledError:
             self.close()
             raise
-        finally:
-            self.used = True
 
     def close(self) -> None:
         """Close the connection, whatever it is doing."""
@@ -145,19 +142,25 @@ class Pool:
         self._idle: deque[Connection] = deque()
         self._free = asyncio.Semaphore(size)
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether the next request waits for a connection."""
+        return self._free.locked()
+
     async def ask(self, request: bytes) -> Reply:
         """Send a request over a connection that is free, waiting for one if need be.
 
         A server may close an idle connection at the very moment at which a request goes out. Such a request, to which
-        not a byte was answered, is sent once more over a new connection and counted in ``reopened``. Raises
-        ``ConnectionBroken`` and ``OSError``.
+        not a byte was answered, is sent once more over a new connection and counted in ``reopened``. What fails on a
+        connection that was opened for it is not. Raises ``ConnectionBroken`` and ``OSError``.
         """
         async with self._free:
-            connection = self._take() or await Connection.open(self.address)
+            kept = self._take()
+            connection = kept or await Connection.open(self.address)
             try:
                 reply = await connection.ask(request)
             except ConnectionBroken as broken:
-                if broken.received or not connection.used:
+                if broken.received or kept is None:
                     raise
                 self.reopened += 1
                 connection = await Connection.open(self.address)

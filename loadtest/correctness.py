@@ -8,7 +8,6 @@ Prints JSON and exits 1 when an answer differs, a request is lost, or alerts and
 import asyncio
 import io
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -28,6 +27,7 @@ from PIL import Image
 
 from defenses.attacks import attack, craft
 from defenses.classifier import Classifier
+from loadtest.serving import plain_environment
 from model_store import Store
 from service.alerts import AlertFilter, AlertLog
 from service.datasets import load_dataset
@@ -97,7 +97,7 @@ def gateway(store: Path, folder: Path) -> Iterator[tuple[subprocess.Popen[bytes]
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {
-        **os.environ,
+        **plain_environment(),
         "PORTCULLIS_STORE": str(store),
         "PORTCULLIS_PORT": str(port),
         "PORTCULLIS_NOISE": "false",

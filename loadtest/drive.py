@@ -14,7 +14,7 @@ import psutil
 import typer
 
 from loadtest.connections import Address, Message
-from loadtest.drivers import Spacing, closed_loop, drive, open_loop
+from loadtest.drivers import Spacing, arrivals, closed_loop, drive, open_loop
 from loadtest.image_sets import ImageSet, traffic
 from loadtest.messages import Body
 from loadtest.runs import Run
@@ -70,11 +70,12 @@ def open_(
     """Send so many requests a second; latencies count from when each was to be sent."""
     with failures_told():
         messages: list[Message] = traffic(ImageSet.read(images), share, model, body)
-        run = open_loop(Address.of(url), messages, rate=rate, seconds=seconds, spacing=spacing)
+        run = open_loop(Address.of(url), messages, arrivals(rate, seconds, spacing))
         _tell(run, url, pid, p99, errors)
 
 
 def _tell(run: Coroutine[Any, Any, Run], url: str, pid: int | None, p99: float, errors: float) -> None:
+    ended: list[str] = []
     told: dict[str, Any] = {"command": " ".join(["python -m loadtest.drive", *sys.argv[1:]])}
     if pid is None:
         done = drive(run)
@@ -84,12 +85,15 @@ def _tell(run: Coroutine[Any, Any, Run], url: str, pid: int | None, p99: float, 
             raise ValueError(f"Expected a running server's process, got {pid}.")
         server = Running(url, pid, Path())
         before = server.cpu_seconds
-        with memory_over_time(server) as samples:
+        with memory_over_time(server) as held:
             done = drive(run)
-        told["server_cpu_milliseconds"] = 1000 * (server.cpu_seconds - before) / max(1, len(done.seconds))
-        told["memory"] = [{"second": second, "bytes": held} for second, held in samples]
+        told["memory"] = [{"second": second, "bytes": size} for second, size in held.samples]
+        if held.ended is None:
+            told["server_cpu_milliseconds"] = 1000 * (server.cpu_seconds - before) / max(1, len(done.seconds))
+        else:
+            ended.append(str(held.ended))
     told |= done.summary()
-    broken = broken_limits(done, p99, errors)
+    broken = ended + broken_limits(done, p99, errors)
     told["broken_limits"] = broken
     typer.echo(json.dumps(told, indent=1))
     raise typer.Exit(1 if broken else 0)

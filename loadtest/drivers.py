@@ -6,7 +6,6 @@ their moments beforehand, and each latency counts from that moment, whether or n
 
 import asyncio
 import itertools
-from collections import Counter
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -24,6 +23,9 @@ Spacing = Literal["exponential", "even"]
 TICK = 0.001
 READ_EVERY = 64
 
+COLUMNS = (float, float, int, float, bool, str)
+"""The types of a run's columns: intended, seconds, statuses, late, waited, reasons."""
+
 FAILURES = (OSError, TimeoutError, httptools.HttpParserError)
 """What a request can end in without an answer: no connection, none left, none in time, none that is HTTP."""
 
@@ -33,25 +35,24 @@ class _Record:
     """The columns of a run while it grows."""
 
     start: float = field(default_factory=perf_counter)
-    rows: list[tuple[float, float, int, float]] = field(default_factory=list)
-    failures: Counter[str] = field(default_factory=Counter)
+    rows: list[tuple[float, float, int, float, bool, str]] = field(default_factory=list)
 
     async def ask(self, pool: Pool, request: bytes, intended: float, answer_seconds: float) -> None:
         """Send one request and note its row."""
-        late = perf_counter() - self.start - intended
+        late, waits, reason = perf_counter() - self.start - intended, pool.exhausted, ""
         try:
             async with asyncio.timeout(answer_seconds):
                 status = (await pool.ask(request)).status
         except FAILURES as error:
-            self.failures[type(error).__name__] += 1
-            status = 0
-        self.rows.append((intended, perf_counter() - self.start - intended, status, late))
+            status, reason = 0, type(error).__name__
+        self.rows.append((intended, perf_counter() - self.start - intended, status, late, waits, reason))
 
     def run(self, pool: Pool) -> Run:
         """Return what was noted, in the order of the requests."""
         duration = perf_counter() - self.start
-        columns = np.array(sorted(self.rows), dtype=float).reshape(-1, 4).T
-        return Run(columns[0], columns[1], columns[2].astype(int), columns[3], self.failures, duration, pool.reopened)
+        columns = zip(*sorted(self.rows), strict=True) if self.rows else [()] * len(COLUMNS)
+        arrays = (np.array(column, kind) for column, kind in zip(columns, COLUMNS, strict=True))
+        return Run(*arrays, duration, pool.reopened)
 
 
 async def closed_loop(
@@ -91,21 +92,17 @@ async def closed_loop(
 async def open_loop(
     address: Address,
     messages: Sequence[Message],
+    moments: np.ndarray,
     *,
-    rate: float,
-    seconds: float,
-    spacing: Spacing = "exponential",
     connections: int = 512,
     answer_seconds: float = 30.0,
-    seed: int = 0,
 ) -> Run:
-    """Send so many requests a second for so long, at moments fixed beforehand, and wait for the last answer.
+    """Send a request at each of the moments (N,), in seconds and ascending, and wait for the last answer.
 
-    Moments are spaced ``even`` or as independent clients come, ``exponential``. At most so many connections are open; a
-    request that finds none free waits for one, and its latency counts from its moment all the same. How late the client
-    itself was is in the run's ``late``. Raises ``ValueError`` for a rate or a time that is not above 0.
+    ``arrivals`` and ``in_stages`` give moments. At most so many connections are open; a request that finds none free
+    waits for one, its latency counts from its moment all the same, and the run's ``waited`` tells of it. How late the
+    client itself was is in the run's ``late``.
     """
-    moments = arrivals(rate, seconds, spacing, seed)
     pool, payloads = Pool(address, connections), _payloads(address, messages)
     record, sent = _Record(), set[asyncio.Task[None]]()
     try:
@@ -127,7 +124,11 @@ async def open_loop(
 
 
 def arrivals(rate: float, seconds: float, spacing: Spacing, seed: int = 0) -> np.ndarray:
-    """Return the moments (N,) in [0, seconds) at which requests of so many a second are to be sent, ascending."""
+    """Return the moments (N,) in [0, seconds) at which requests of so many a second are to be sent, ascending.
+
+    They are spaced ``even`` or as independent clients come, ``exponential``. Raises ``ValueError`` for a rate or a time
+    that is not above 0.
+    """
     if not (rate > 0 and seconds > 0):
         raise ValueError(f"Expected a rate and a time above 0, got {rate} per second for {seconds} s.")
     if spacing == "even":
@@ -135,6 +136,20 @@ def arrivals(rate: float, seconds: float, spacing: Spacing, seed: int = 0) -> np
     # A Poisson process: how many come is random as well, and given that, the moments are uniform.
     generator = np.random.default_rng(seed)
     return np.sort(generator.uniform(0, seconds, generator.poisson(rate * seconds)))
+
+
+def in_stages(stages: Sequence[tuple[float, float]], spacing: Spacing = "exponential", seed: int = 0) -> np.ndarray:
+    """Return the moments (N,) of stages one right after the other, each a rate per second and its seconds.
+
+    Raises ``ValueError`` as ``arrivals`` does, and where there is no stage.
+    """
+    if not stages:
+        raise ValueError("Expected a stage, a rate and its seconds, got none.")
+    parts, begun = [], 0.0
+    for number, (rate, seconds) in enumerate(stages):
+        parts.append(begun + arrivals(rate, seconds, spacing, seed + number))
+        begun += seconds
+    return np.concatenate(parts)
 
 
 def drive(run: Coroutine[Any, Any, Run]) -> Run:

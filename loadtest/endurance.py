@@ -1,6 +1,7 @@
 """Ask a gateway hundreds of thousands of times and see what it holds: `python -m loadtest.endurance NAME`.
 
-Prints JSON with the memory over the requests and exits 1 where it is not flat, or an answer is not 200. Flat means that
+Prints JSON with the memory over the requests and exits 1 where it is not flat, an answer is not 200, or the gateway
+ends. Flat means that
 after the first tenth of the requests, in which pools and caches fill, what is held stays within a share of what was
 held then.
 """
@@ -19,7 +20,7 @@ from loadtest.drivers import closed_loop, drive
 from loadtest.image_sets import ImageSet, traffic
 from loadtest.messages import Body
 from loadtest.overload import settings_of
-from loadtest.serving import Running, gateway
+from loadtest.serving import Running, ServerEnded, gateway
 from model_store import parse_reference
 from service.cli.common import failures_told
 
@@ -45,7 +46,7 @@ def main(
         with gateway(store, models=name, **settings) as server:
             result = endure(server, messages, requests, concurrency, partial(typer.echo, err=True))
     result |= verdict(result["memory_bytes"], growth)
-    result["passed"] = result["flat"] and not result["errors"]
+    result["passed"] = result["flat"] and not result["errors"] and result["ended"] is None
     told = {"command": " ".join(["python -m loadtest.endurance", *sys.argv[1:]]), "settings": settings}
     typer.echo(json.dumps(told | result, indent=1))
     raise typer.Exit(0 if result["passed"] else 1)
@@ -54,16 +55,33 @@ def main(
 def endure(
     server: Running, messages: Sequence[Message], requests: int, concurrency: int, told: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Return the memory after each fortieth of the requests, the first entry before any, and the answers."""
+    """Return the memory after each fortieth of the requests, the first entry before any, and the answers.
+
+    ``ended`` says how the server ended, where it did: nothing is asked of it any more. Raises ``ServerEnded`` where it
+    is gone before the first request.
+    """
     address = Address.of(server.url)
-    memory, errors, seconds = [server.memory], 0, 0.0
+    memory, answered, errors, seconds = [server.memory], 0, 0, 0.0
+    ended: str | None = None
     for portion in range(PORTIONS):
         count = requests * (portion + 1) // PORTIONS - requests * portion // PORTIONS
         run = drive(closed_loop(address, messages, concurrency=concurrency, requests=count))
-        memory.append(server.memory)
+        answered += count - run.errors
         errors, seconds = errors + run.errors, seconds + run.duration
+        try:
+            memory.append(server.memory)
+        except ServerEnded as error:
+            ended = str(error)
+            told(ended)
+            break
         told(f"{requests * (portion + 1) // PORTIONS} requests, {memory[-1] / 2**20:.1f} MiB")
-    return {"requests": requests, "errors": errors, "per_second": requests / seconds, "memory_bytes": memory}
+    return {
+        "requests": answered + errors,
+        "errors": errors,
+        "per_second": answered / seconds,
+        "memory_bytes": memory,
+        "ended": ended,
+    }
 
 
 def verdict(memory: Sequence[int], growth: float) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """Load a gateway to its capacity and beyond: `python -m loadtest.overload NAME --store ... --images ...`.
 
-Five acts on one gateway: the capacity in a closed loop, 80 % of it at a fixed rate, 150 % of it, then 80 % again while
-it recovers. Latencies count from when a request was to be sent. Prints JSON with a verdict on each limit and exits 1
-where one is broken.
+Four acts on one gateway: the capacity in a closed loop, 80 % of it at a fixed rate, 150 % of it, and without a pause
+80 % again while it recovers. Latencies count from when a request was to be sent, and no request may have to wait for a
+connection of the client's own. Prints JSON with a verdict on each limit and exits 1 where one is broken.
 """
 
 import json
+import math
+import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from loadtest.connections import Address, Message
-from loadtest.drivers import closed_loop, drive, open_loop
+from loadtest.drivers import arrivals, closed_loop, drive, in_stages, open_loop
 from loadtest.image_sets import ImageSet, traffic
 from loadtest.messages import Body
 from loadtest.runs import TOO_MANY, Run
@@ -24,6 +26,7 @@ from loadtest.serving import Running, gateway
 from loadtest.watching import memory_over_time
 from model_store import parse_reference
 from service.cli.common import failures_told
+from service.settings import Settings
 
 TAIL = 5.0
 """How many times p50 p99 may be at 80 %."""
@@ -33,11 +36,15 @@ RECOVERY_SECONDS = 5.0
 GROWTH = 1.25
 """How many times the memory held before the overload may be held during it."""
 WARM_UP_SECONDS = 3.0
+ROOM = 1024
+"""Connections beside those of images that wait: for what is computed, decoded, read and refused meanwhile."""
+OTHER_FILES = 256
+"""Open files that are no connection, of the client or the gateway."""
 
 
 @dataclass(frozen=True)
 class Acts:
-    """What each act showed; memory in bytes, the most while it lasted."""
+    """What each act showed; memory in bytes, the most while it lasted, and how the server ended where it did."""
 
     capacity: Run
     steady: Run
@@ -45,6 +52,7 @@ class Acts:
     recovery: Run
     steady_memory: int
     over_memory: int
+    ended: str | None = None
 
 
 def main(
@@ -65,11 +73,14 @@ def main(
         model, _ = parse_reference(name)
         messages = traffic(ImageSet.read(images), share, model, body)
         settings = settings_of(setting or [])
+        connections = connections_for(settings)
+        allow_open_files(connections + OTHER_FILES)
         with gateway(store, models=name, **settings) as server:
             acts = play(
                 server,
                 messages,
                 concurrency=concurrency,
+                connections=connections,
                 seconds=(capacity_seconds, steady_seconds, over_seconds, recovery_seconds),
                 told=partial(typer.echo, err=True),
             )
@@ -77,6 +88,8 @@ def main(
     result = {
         "command": " ".join(["python -m loadtest.overload", *sys.argv[1:]]),
         "settings": settings,
+        "connections": connections,
+        "ended": acts.ended,
         "capacity_per_second": acts.capacity.rate,
         "acts": {name: getattr(acts, name).summary() for name in ("capacity", "steady", "over", "recovery")},
         "recovered_after_seconds": recovered_after(acts.recovery, SLOWER * acts.steady.percentile(99)),
@@ -97,29 +110,75 @@ def settings_of(given: Sequence[str]) -> dict[str, str]:
     return {name: value for name, _, value in parts}
 
 
+def connections_for(settings: Mapping[str, str]) -> int:
+    """Return how many connections keep a gateway's queue full without a request that waits for one of them.
+
+    Raises ``ValueError`` for a queue that is no number of images.
+    """
+    queue = settings.get("queue_images", Settings.model_fields["queue_images"].default)
+    try:
+        return int(queue) + ROOM
+    except ValueError as error:
+        raise ValueError(f"Expected queue_images as a whole number, got {queue!r}.") from error
+
+
+def allow_open_files(count: int) -> None:
+    """Let this process, and those that it starts from now on, hold so many files open.
+
+    Raises ``ValueError`` where the system allows fewer.
+    """
+    soft, hard = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in _open_files())
+    if hard < count:
+        raise ValueError(f"Expected to be allowed {count} open files, one a connection, but {hard:.0f} is the limit.")
+    if soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, _open_files()[1]))
+
+
+def _open_files() -> tuple[int, int]:
+    return resource.getrlimit(resource.RLIMIT_NOFILE)
+
+
 def play(
     server: Running,
     messages: Sequence[Message],
     *,
     concurrency: int,
+    connections: int,
     seconds: tuple[float, float, float, float],
     told: Callable[[str], None],
 ) -> Acts:
-    """Play the acts, each for its seconds; the rates follow from the first."""
+    """Play the acts, each for its seconds; the rates follow from the first, at most so many connections are open.
+
+    The last two are one run, so that the recovery begins with what waits then. Raises ``ValueError`` where the capacity
+    is none.
+    """
     address = Address.of(server.url)
     drive(closed_loop(address, messages, concurrency=concurrency, seconds=min(WARM_UP_SECONDS, seconds[0])))
     capacity = drive(closed_loop(address, messages, concurrency=concurrency, seconds=seconds[0]))
     if capacity.rate == 0:
         raise ValueError(f"Expected answers with 200 to measure a capacity, got {capacity.summary()['statuses']}.")
     told(f"capacity: {capacity.rate:.0f} requests per second")
-    runs, memories = [], []
-    for name, factor, length in zip(("80 %", "150 %", "80 % again"), (0.8, 1.5, 0.8), seconds[1:], strict=True):
-        told(f"{name} for {length:g} s")
-        with memory_over_time(server, min(1.0, length / 4)) as samples:
-            runs.append(drive(open_loop(address, messages, rate=factor * capacity.rate, seconds=length)))
-        memories.append(max(held for _, held in samples))
-    steady, over, recovery = runs
-    return Acts(capacity, steady, over, recovery, memories[0], memories[1])
+    below, above = 0.8 * capacity.rate, 1.5 * capacity.rate
+    _, steady_for, over_for, recovery_for = seconds
+    told(f"80 % for {steady_for:g} s")
+    with memory_over_time(server, min(1.0, steady_for / 4)) as steady_held:
+        steady = drive(
+            open_loop(address, messages, arrivals(below, steady_for, "exponential"), connections=connections)
+        )
+    told(f"150 % for {over_for:g} s, then 80 % for {recovery_for:g} s")
+    moments = in_stages([(above, over_for), (below, recovery_for)])
+    with memory_over_time(server, min(1.0, over_for / 4)) as over_held:
+        both = drive(open_loop(address, messages, moments, connections=connections))
+    ended = steady_held.ended or over_held.ended
+    return Acts(
+        capacity,
+        steady,
+        both.between(0, over_for),
+        both.between(over_for),
+        steady_held.most(),
+        over_held.most(until=over_for),
+        None if ended is None else str(ended),
+    )
 
 
 def judge(acts: Acts) -> list[dict[str, Any]]:
@@ -127,11 +186,14 @@ def judge(acts: Acts) -> list[dict[str, Any]]:
     steady, over = acts.steady, acts.over
     limit = SLOWER * steady.percentile(99)
     recovered = recovered_after(acts.recovery, limit)
-    growth = acts.over_memory / acts.steady_memory
+    growth = acts.over_memory / acts.steady_memory if acts.steady_memory else math.inf
     tail = steady.percentile(99) / steady.percentile(50)
     slower = over.percentile(99) / steady.percentile(99)
     refused = int((over.statuses == TOO_MANY).sum())
+    waited = sum(int(run.waited.sum()) for run in (steady, over, acts.recovery))
     return [
+        _verdict("the gateway runs to the end", None, acts.ended is None),
+        _verdict("no request waits for a connection of the client", waited, waited == 0),
         _verdict("at 80 % every answer is 200", steady.errors, steady.errors == 0 and len(steady.seconds) > 0),
         _verdict(f"at 80 % p99 is under {TAIL:g} times p50", tail, tail < TAIL),
         _verdict("at 150 % requests are refused with 429", refused, refused > 0),
@@ -159,16 +221,13 @@ def recovered_after(run: Run, limit: float) -> float | None:
 
 
 def _well(run: Run, second: int, limit: float) -> bool:
-    within = (run.intended >= second) & (run.intended < second + 1)
-    if not within.any():
-        return True
-    columns = (run.intended[within], run.seconds[within], run.statuses[within], run.late[within])
-    part = Run(*columns, {}, 1.0)
-    return part.errors == 0 and part.percentile(99) <= limit
+    part = run.between(second, second + 1)
+    return not len(part.seconds) or (part.errors == 0 and part.percentile(99) <= limit)
 
 
 def _verdict(expected: str, measured: float | None, passed: bool) -> dict[str, Any]:
-    return {"expected": expected, "measured": measured, "passed": bool(passed)}
+    finite = measured is not None and math.isfinite(measured)
+    return {"expected": expected, "measured": measured if finite else None, "passed": bool(passed)}
 
 
 if __name__ == "__main__":

@@ -15,16 +15,21 @@ from loadtest.drivers import closed_loop, drive
 from loadtest.messages import png, png_message
 from loadtest.serving import Running, free_port, gateway, running
 from model_store import Fetched
-from service.engines import OnnxEngine, outputs_of
+from service.correcting import CorrectingEngine
+from service.engines import Engine, outputs_of
+from service.engines.opening import open_source
 from service.images import decode_image
-from service.served import GRAPH
+from service.served import CORRECTION, GRAPH
+from service.settings import Settings
 
 WARM_UP_REQUESTS = 200
 MAX_PIXELS = 25_000_000
+ANSWERED = ("logits", "score", "alert", "purified")
+"""What a gateway on loopback computes, as far as a version has it."""
 
 
 class Cost(NamedTuple):
-    """Milliseconds of a request or a call: the p50 by the clock, and the processor time."""
+    """Milliseconds of a request or a call: the p50 by the clock, and the mean processor time."""
 
     p50: float
     cpu: float
@@ -50,8 +55,9 @@ def own_cost(
     """Return the latencies of single requests to the gateway, one at a time, and those of their parts.
 
     ``versions`` are by what they are called. For each: the gateway's p50 in milliseconds, those of decoding and of the
-    engine in this process, that of a bare uvicorn that answers a fixed text, and ``ratio``, the first over the sum of
-    the others; medians of the rounds, in which all take turns. The same of the processor's time, with ``cpu_ratio``.
+    engine in this process, its correction of what it alerts included, that of a bare uvicorn that answers a fixed text,
+    and ``ratio``, the first over the sum of the others; medians of the rounds, in which all take turns. The same of the
+    processor's time, as means over the requests, with ``cpu_ratio``.
     """
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in versions}
     for number in range(rounds):
@@ -99,18 +105,36 @@ def _alone(server: Running, messages: list[Message], requests: int) -> Cost:
 def _decoding(fetched: Fetched, images: np.ndarray) -> Cost:
     encoded = [png(image) for image in images]
     spec = fetched.manifest.input
-    return _median([lambda data=data: decode_image(data, spec, max_pixels=MAX_PIXELS) for data in encoded])
+    return _cost([lambda data=data: decode_image(data, spec, max_pixels=MAX_PIXELS) for data in encoded])
 
 
 def _engine(fetched: Fetched, images: np.ndarray) -> Cost:
-    path = fetched.folder / GRAPH
-    present = outputs_of(path)
-    engine = OnnxEngine(path, [name for name in ("logits", "score", "alert", "purified") if name in present], threads=1)
+    engine = engine_of(fetched)
     rows = [image[None].astype(np.float32) / np.float32(255) for image in images]
-    return _median([lambda row=row: engine.run(row) for row in rows])
+    return _cost([lambda row=row: engine.run(row) for row in rows])
 
 
-def _median(calls: list[Callable[[], object]]) -> Cost:
+def engine_of(fetched: Fetched) -> Engine:
+    """Open what a gateway on loopback, with one thread and no other setting, answers a version's images with.
+
+    Raises ``GraphUnloadable``; the engine raises ``ValueError`` where a correction fails.
+    """
+    path = fetched.folder / GRAPH
+    # Unlike Settings(), this does not read the environment, which the gateways that are measured are not given either.
+    source = open_source(fetched, path, path.with_name(CORRECTION), Settings.model_construct(threads=1))
+    present = outputs_of(path)
+    outputs = [name for name in ANSWERED if name in present]
+    if CORRECTION not in fetched.manifest.files:
+        return source.open(tuple(outputs))
+
+    def failed(images: int) -> None:
+        name = f"{fetched.manifest.name}@{fetched.manifest.version}"
+        raise ValueError(f"Expected {name} to correct what it alerts, but it failed on {images} images.")
+
+    return CorrectingEngine(source, outputs, failed=failed)
+
+
+def _cost(calls: list[Callable[[], object]]) -> Cost:
     """Return what one of the calls costs, after all were made once."""
     times, used = [], []
     for repetition in range(3):
@@ -120,4 +144,4 @@ def _median(calls: list[Callable[[], object]]) -> Cost:
             if repetition:
                 times.append(time.perf_counter() - start)
                 used.append(time.process_time() - before)
-    return Cost(1000 * statistics.median(times), 1000 * statistics.median(used))
+    return Cost(1000 * statistics.median(times), 1000 * statistics.fmean(used))

@@ -1,9 +1,8 @@
 """Servers one after the other, several times, under the same load by the same client."""
 
 import asyncio
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -12,8 +11,8 @@ import psutil
 
 from loadtest.connections import Address, Connection, Message
 from loadtest.contenders import Contender
-from loadtest.drivers import closed_loop, drive
-from loadtest.serving import Running, ServerNotReady
+from loadtest.drivers import FAILURES, closed_loop, drive
+from loadtest.serving import Running, ServerEnded, ServerNotReady
 
 WARM_UP_REQUESTS = 200
 
@@ -31,59 +30,86 @@ def race(
 ) -> dict[str, Any]:
     """Measure each contender at each concurrency for so long in every round, and return all that was measured.
 
-    Each round begins with another contender. Returns ``runs``, one row each, and ``failures``, the reason by contender
-    for those that did not start or did not answer; a contender that failed is not tried again.
+    Each round begins with another contender. Returns ``runs``, one row each, and ``failures``, the round and the reason
+    by contender for those that failed, or by process for those that did not start; who failed is not tried again, and
+    costs the others nothing.
     """
-    groups: dict[tuple[str, str], list[Contender]] = defaultdict(list)
+    groups: dict[str, list[Contender]] = defaultdict(list)
     for contender in contenders:
-        groups[contender.server, contender.process].append(contender)
+        groups[_process(contender)].append(contender)
     runs: list[dict[str, Any]] = []
     failures: dict[str, str] = {}
     for number in range(rounds):
-        order = list(groups.values())
+
+        def failed(name: str, error: Exception, number: int = number) -> None:
+            failures[name] = f"In round {number + 1} of {rounds}: {error}"
+            told(f"{name}: {failures[name]}")
+
+        order = list(groups.items())
         first = number * len(order) // rounds
-        for group in order[first:] + order[:first]:
-            name = f"{group[0].server}, {group[0].process}"
-            if name in failures:
+        for process, group in order[first:] + order[:first]:
+            left = deque(contender for contender in group if _name(contender) not in failures)
+            if process in failures or not left:
                 continue
-            told(f"round {number + 1} of {rounds}: {name}")
-            try:
-                runs += [{"round": number, **row} for row in _measured(group, images, concurrencies, seconds)]
-            except (ServerNotReady, NoAnswer) as error:
-                failures[name] = str(error)
-                told(str(error))
+            told(f"round {number + 1} of {rounds}: {process}")
+            runs += [{"round": number, **row} for row in _measured(left, images, concurrencies, seconds, failed)]
     return {"runs": runs, "failures": failures}
 
 
-class NoAnswer(RuntimeError):
-    """A server is ready but does not answer an image."""
+def _process(contender: Contender) -> str:
+    return f"{contender.server}, {contender.process}"
 
-    def __init__(self, name: str, status: int, content: bytes) -> None:
+
+def _name(contender: Contender) -> str:
+    return f"{contender.server}, {contender.setting}"
+
+
+class NoAnswer(RuntimeError):
+    """A server is ready but does not answer an image; ``status`` is 0 where it gave no answer in HTTP."""
+
+    def __init__(self, name: str, status: int, content: str) -> None:
         self.status = status
-        super().__init__(f"{name} answered an image with {status}: {content[:300].decode(errors='replace')}")
+        told = f"answered an image with {status}" if status else "gave no answer to an image"
+        super().__init__(f"{name} {told}: {content[:300]}")
 
 
 def _measured(
-    group: Sequence[Contender], images: np.ndarray, concurrencies: Sequence[int], seconds: float
-) -> list[dict[str, Any]]:
-    rows = []
-    with ExitStack() as stack:
-        server = stack.enter_context(group[0].open())
-        address = Address.of(server.url)
-        for contender in group:
-            messages = [contender.message(image) for image in images]
-            _check(contender, address, messages[0])
-            drive(closed_loop(address, messages, concurrency=16, requests=WARM_UP_REQUESTS))
-            rows += [
-                {
-                    "server": contender.server,
-                    "setting": contender.setting,
-                    "concurrency": concurrency,
-                    **_under_load(server, address, messages, concurrency, seconds),
-                }
-                for concurrency in concurrencies
-            ]
-    return rows
+    left: deque[Contender],
+    images: np.ndarray,
+    concurrencies: Sequence[int],
+    seconds: float,
+    failed: Callable[[str, Exception], None],
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of contenders that share a process, which is started anew for the others where one ends it."""
+    while left:
+        process = _process(left[0])
+        try:
+            with left[0].open() as server:
+                while left and not server.ended:
+                    contender = left.popleft()
+                    try:
+                        yield from _rows(contender, server, images, concurrencies, seconds)
+                    except (NoAnswer, ServerEnded) as error:
+                        failed(_name(contender), error)
+        except ServerNotReady as error:
+            failed(process, error)
+            return
+
+
+def _rows(
+    contender: Contender, server: Running, images: np.ndarray, concurrencies: Sequence[int], seconds: float
+) -> Iterator[dict[str, Any]]:
+    address = Address.of(server.url)
+    messages = [contender.message(image) for image in images]
+    _check(contender, address, messages[0])
+    drive(closed_loop(address, messages, concurrency=16, requests=WARM_UP_REQUESTS))
+    for concurrency in concurrencies:
+        yield {
+            "server": contender.server,
+            "setting": contender.setting,
+            "concurrency": concurrency,
+            **_under_load(server, address, messages, concurrency, seconds),
+        }
 
 
 def _under_load(
@@ -111,25 +137,26 @@ def _check(contender: Contender, address: Address, message: Message) -> None:
         finally:
             connection.close()
         if reply.status != 200:
-            raise NoAnswer(contender.setting, reply.status, reply.content)
+            raise NoAnswer(contender.setting, reply.status, reply.content.decode(errors="replace"))
 
     try:
         asyncio.run(ask())
-    except (OSError, TimeoutError) as error:
-        raise NoAnswer(contender.setting, 0, str(error).encode()) from error
+    except FAILURES as error:
+        raise NoAnswer(contender.setting, 0, str(error) or type(error).__name__) from error
 
 
-def best_settings(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return for each server and concurrency its setting with the highest median rate among those without an error.
+def best_settings(runs: Sequence[Mapping[str, Any]], rounds: int) -> list[dict[str, Any]]:
+    """Return for each server and concurrency its setting with the highest median rate.
 
-    Each row holds the medians over the rounds of the rate and the latencies, and the rates of the rounds.
+    Only settings without an error count, that were measured in every round. Each row holds the medians over the rounds
+    of the rate and the latencies, and the rates of the rounds.
     """
     groups: dict[tuple[str, int, str], list[Mapping[str, Any]]] = defaultdict(list)
     for run in runs:
         groups[run["server"], run["concurrency"], run["setting"]].append(run)
     best: dict[tuple[str, int], dict[str, Any]] = {}
     for (server, concurrency, setting), rows in groups.items():
-        if any(set(row["statuses"]) != {"200"} or row["failures"] for row in rows):
+        if len(rows) < rounds or any(set(row["statuses"]) != {"200"} or row["failures"] for row in rows):
             continue
         row = {
             "server": server,
@@ -156,7 +183,7 @@ def ratios(best: Sequence[Mapping[str, Any]], own: Sequence[str]) -> list[dict[s
         for (other, at), rival in table.items():
             if server not in own or other in own or at != concurrency:
                 continue
-            by_round = [mine / theirs for mine, theirs in zip(row["rounds"], rival["rounds"], strict=False)]
+            by_round = [mine / theirs for mine, theirs in zip(row["rounds"], rival["rounds"], strict=True)]
             compared.append(
                 {
                     "server": server,

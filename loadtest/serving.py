@@ -7,31 +7,44 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import psutil
 
+from service.settings import Settings
+
 READY_SECONDS = 90.0
 STOP_SECONDS = 20.0
 TOLD_LINES = 12
+PREFIX = Settings.model_config["env_prefix"]
+"""What the variables of a gateway's settings begin with, in capitals or not."""
 
 
-class ServerNotReady(RuntimeError):
+class ServerNotReady(ChildProcessError):
     """A server ended, or was not ready in time."""
 
     def __init__(self, command: Sequence[str], reason: str, log: Path) -> None:
         self.reason = reason
-        lines = log.read_text(errors="replace").splitlines()[-TOLD_LINES:]
-        super().__init__("\n".join([f"{' '.join(command[:6])} {reason}; the end of its log:", *lines]))
+        super().__init__("\n".join([f"{' '.join(command[:6])} {reason}; the end of its log:", *_last_lines(log)]))
+
+
+class ServerEnded(ProcessLookupError):
+    """A server that was ready ended before its measurement did."""
+
+    def __init__(self, pid: int, log: Path) -> None:
+        self.pid = pid
+        lines = _last_lines(log)
+        told = [f"Expected process {pid}, the server, to run until the end, but it is gone{';' if lines else '.'}"]
+        super().__init__("\n".join([told[0] + " the end of its log:", *lines] if lines else told))
 
 
 @dataclass(frozen=True)
 class Running:
-    """A server that is ready, with the processes it started."""
+    """A server that is ready, with the processes it started; raises ``ServerEnded`` where it is gone."""
 
     url: str
     pid: int
@@ -40,17 +53,34 @@ class Running:
     @property
     def memory(self) -> int:
         """Resident bytes of the server's processes together; what they share counts for each."""
-        return sum(process.memory_info().rss for process in self._processes())
+        return int(self._sum(lambda process: process.memory_info().rss))
 
     @property
     def cpu_seconds(self) -> float:
         """Seconds of processor time that the server's processes have used."""
-        times = [process.cpu_times() for process in self._processes()]
-        return sum(time.user + time.system for time in times)
+        return self._sum(lambda process: sum(process.cpu_times()[:2]))
 
-    def _processes(self) -> list[psutil.Process]:
-        first = psutil.Process(self.pid)
-        return [first, *first.children(recursive=True)]
+    @property
+    def ended(self) -> bool:
+        """Whether the server is gone, as one is whose status nobody has asked for yet."""
+        try:
+            return bool(psutil.Process(self.pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD))
+        except psutil.NoSuchProcess:
+            return True
+
+    def _sum(self, of: Callable[[psutil.Process], float]) -> float:
+        """Add up what is told of each process; one that the server started and that ends meanwhile counts nothing."""
+        if self.ended:
+            raise ServerEnded(self.pid, self.log)
+        try:
+            first = psutil.Process(self.pid)
+            total, children = of(first), first.children(recursive=True)
+        except psutil.NoSuchProcess as error:
+            raise ServerEnded(self.pid, self.log) from error
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                total += of(child)
+        return total
 
 
 @contextmanager
@@ -65,14 +95,15 @@ def running(
 ) -> Iterator[Running]:
     """Run a server's command until the block ends; yields once ``ready``, a path, answers 200.
 
-    ``folder`` is its working directory. Raises ``ServerNotReady`` with the end of its log.
+    ``folder`` is its working directory. Settings of a gateway in this process's own environment are not handed on.
+    Raises ``ServerNotReady`` with the end of its log.
     """
     with tempfile.TemporaryDirectory() as logs:
         log = Path(logs) / "server.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command,
-                env={**os.environ, **(environment or {})},
+                env={**plain_environment(), **(environment or {})},
                 cwd=folder,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -101,10 +132,15 @@ def gateway(store: Path, **settings: object) -> Iterator[Running]:
             "inputs": Path(folder) / "inputs",
             **settings,
         }
-        environment = {f"PORTCULLIS_{name.upper()}": str(value) for name, value in given.items()}
+        environment = {f"{PREFIX}{name.upper()}": str(value) for name, value in given.items()}
         command = [sys.executable, "-c", "from service.cli import app; app()", "serve"]
         with running(command, port, ready="/v2/health/ready", environment=environment) as server:
             yield server
+
+
+def plain_environment() -> dict[str, str]:
+    """Return the environment without a gateway's settings: what is measured is what was asked for."""
+    return {name: value for name, value in os.environ.items() if not name.upper().startswith(PREFIX)}
 
 
 def free_port() -> int:
@@ -113,6 +149,10 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def _last_lines(log: Path) -> list[str]:
+    return log.read_text(errors="replace").splitlines()[-TOLD_LINES:] if log.is_file() else []
 
 
 def _await(process: subprocess.Popen[bytes], url: str, seconds: float, command: Sequence[str], log: Path) -> None:

@@ -1,5 +1,8 @@
+import asyncio
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +15,14 @@ from defenses.coophance import Inspector, InspectorConfig, Regulator, RegulatorC
 from defenses.onnx_export import export_protected
 from defenses.onnx_trace import export_classifier
 from defenses.protected import ProtectedClassifier
+from loadtest.connections import Address
 from loadtest.image_sets import ImageSet, crafted
 from loadtest.serving import Running, gateway
 from model_store import SERVING, Draft, FalsePositiveRate, InputSpec, Parent, Store
 from service.datasets import load_dataset
+
+Answer = Callable[[int], tuple[float, bytes, bool]]
+"""What becomes of a request by its number: delay in seconds, bytes, and whether the connection is closed then."""
 
 SPEC = InputSpec(shape=(1, 16, 16), mode="L", resize="bilinear")
 
@@ -81,3 +88,55 @@ def server(store: Path) -> Iterator[Running]:
     """A gateway with the protected digits."""
     with gateway(store, models="digits", threads=1) as running:
         yield running
+
+
+class Scripted(asyncio.Protocol):
+    """A server's side of one connection that answers each request as a function of its number says."""
+
+    def __init__(self, answer: Answer, numbers: Iterator[int]) -> None:
+        self.answer, self.numbers = answer, numbers
+
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def data_received(self, data):
+        delay, content, close = self.answer(next(self.numbers))
+        asyncio.get_running_loop().call_later(delay, self._send, content, close)
+
+    def _send(self, content, close):
+        self.transport.write(content)
+        if close:
+            self.transport.close()
+
+
+@contextmanager
+def _answering(answer: Answer) -> Iterator[Address]:
+    """Serve from another thread."""
+    loop, ready = asyncio.new_event_loop(), threading.Event()
+    numbers = iter(range(10**9))
+    servers = []
+
+    async def serve():
+        servers.append(await loop.create_server(lambda: Scripted(answer, numbers), "127.0.0.1", 0))
+        ready.set()
+
+    def stop():
+        servers[0].close()
+        loop.call_soon(loop.stop)
+
+    loop.create_task(serve())
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    ready.wait()
+    try:
+        yield Address("127.0.0.1", servers[0].sockets[0].getsockname()[1])
+    finally:
+        loop.call_soon_threadsafe(stop)
+        thread.join()
+        loop.close()
+
+
+@pytest.fixture
+def answering() -> Callable[[Answer], AbstractContextManager[Address]]:
+    """Serve HTTP as a function says, from another thread, until a block ends."""
+    return _answering

@@ -97,7 +97,8 @@ def test_the_best_setting_has_no_errors_and_the_highest_median():
         *(run("wrong", number, 500, ("200", "503")) for number in range(3)),
         *(run("other", number, rate, server="b") for number, rate in enumerate((50, 44, 50))),
     ]
-    best = best_settings(runs)
+    runs += [run("lost in the last round", number, 900) for number in range(2)]
+    best = best_settings(runs, rounds=3)
     assert [(row["server"], row["setting"], row["per_second"]) for row in best] == [
         ("a", "steady", 100),
         ("b", "other", 50),
@@ -127,10 +128,11 @@ def test_a_race_measures_who_runs_and_names_who_does_not(store, image_set):
     }
     assert all(run["statuses"] == {"200": run["requests"]} for run in raced["runs"])
     assert all(run["memory_bytes"] > 1_000_000 and run["server_cpu_milliseconds"] > 0 for run in raced["runs"])
-    assert set(raced["failures"]) == {"silent, alone", f"lost, {gateway.process}"}
+    assert set(raced["failures"]) == {"silent, alone", f"lost, PNG, {gateway.process}"}
+    assert raced["failures"]["silent, alone"].startswith("In round 1 of 1: ")
     assert "ended with status 3" in raced["failures"]["silent, alone"]
     assert "no model" in raced["failures"]["silent, alone"]
-    assert "404" in raced["failures"][f"lost, {gateway.process}"]
+    assert "404" in raced["failures"][f"lost, PNG, {gateway.process}"]
 
 
 def test_every_rival_has_settings_with_and_without_company(store, tmp_path, image_set):

@@ -1,13 +1,8 @@
-import asyncio
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
 
 from loadtest.connections import Address, Message
-from loadtest.drivers import arrivals, closed_loop, drive, open_loop
+from loadtest.drivers import arrivals, closed_loop, drive, in_stages, open_loop
 from loadtest.runs import Run
 
 MESSAGE = Message("/", (("Content-Type", "text/plain"),), b"image")
@@ -16,55 +11,15 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\no\r\n1\r\n
 STALL = 0.4
 
 
-class Scripted(asyncio.Protocol):
-    """A server's side of one connection that answers each request as a function of its number says."""
-
-    def __init__(self, answer: Callable[[int], tuple[float, bytes, bool]], numbers: Iterator[int]) -> None:
-        self.answer, self.numbers = answer, numbers
-
-    def connection_made(self, transport):
-        self.transport = transport
-
-    def data_received(self, data):
-        delay, content, close = self.answer(next(self.numbers))
-        asyncio.get_running_loop().call_later(delay, self._send, content, close)
-
-    def _send(self, content, close):
-        self.transport.write(content)
-        if close:
-            self.transport.close()
-
-
-@contextmanager
-def answering(answer: Callable[[int], tuple[float, bytes, bool]]) -> Iterator[Address]:
-    """Serve from another thread: delay in seconds, bytes, and whether the connection is closed behind them."""
-    loop, ready = asyncio.new_event_loop(), threading.Event()
-    numbers = iter(range(10**9))
-    servers = []
-
-    async def serve():
-        servers.append(await loop.create_server(lambda: Scripted(answer, numbers), "127.0.0.1", 0))
-        ready.set()
-
-    def stop():
-        servers[0].close()
-        loop.call_soon(loop.stop)
-
-    loop.create_task(serve())
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    ready.wait()
-    try:
-        yield Address("127.0.0.1", servers[0].sockets[0].getsockname()[1])
-    finally:
-        loop.call_soon_threadsafe(stop)
-        thread.join()
-        loop.close()
+def run_of(intended, seconds, statuses, *, reasons=None, duration=1.0) -> Run:
+    count = len(seconds)
+    reasons = np.array([""] * count if reasons is None else reasons)
+    return Run(intended, seconds, np.array(statuses), np.zeros(count), np.zeros(count, bool), reasons, duration)
 
 
 def test_percentiles_are_measured_latencies_of_answers_with_200():
     seconds = np.array([0.001 * n for n in range(1, 101)] + [9.0])
-    run = Run(np.zeros(101), seconds, np.array([200] * 100 + [429]), np.zeros(101), {}, 10.0)
+    run = run_of(np.zeros(101), seconds, [200] * 100 + [429], duration=10.0)
     assert [run.percentile(percent) for percent in (50, 90, 99, 100)] == [0.05, 0.09, 0.099, 0.1]
     told = run.summary()
     assert told["milliseconds"] == {"p50": 50.0, "p90": 90.0, "p99": 99.0, "max": 100.0}
@@ -73,16 +28,28 @@ def test_percentiles_are_measured_latencies_of_answers_with_200():
 
 
 def test_a_run_without_answers_has_no_latency():
-    run = Run(np.zeros(2), np.ones(2), np.zeros(2, int), np.zeros(2), {"ConnectionRefusedError": 2}, 1.0)
+    run = run_of(np.zeros(2), np.ones(2), [0, 0], reasons=["ConnectionRefusedError"] * 2)
     assert run.percentile(50) == float("inf")
     assert run.summary()["milliseconds"] == {}
+    assert run.summary()["failures"] == {"ConnectionRefusedError": 2}
 
 
-def test_requests_after_a_moment_are_a_run_of_their_own():
-    run = Run(np.arange(4.0), np.arange(4.0), np.array([0, 200, 200, 200]), np.zeros(4), {"TimeoutError": 1}, 4.0)
-    late = run.after(2)
-    assert (late.errors, late.duration, late.percentile(50)) == (0, 2.0, 2.0)
-    assert late.summary()["failures"] == {}
+def test_requests_between_moments_are_a_run_of_their_own():
+    reasons = ["TimeoutError", "", "", "ConnectionBroken"]
+    run = run_of(np.arange(4.0), np.arange(4.0), [0, 200, 200, 0], reasons=reasons, duration=6.0)
+    early, late = run.between(0, 2), run.between(2)
+    assert (early.intended.tolist(), late.intended.tolist()) == ([0.0, 1.0], [0.0, 1.0])
+    assert (early.failures, late.failures) == ({"TimeoutError": 1}, {"ConnectionBroken": 1})
+    assert (early.duration, late.duration, late.percentile(50)) == (2.0, 4.0, 2.0)
+    nothing = run.between(7)
+    assert (len(nothing.seconds), nothing.rate) == (0, 0.0)
+
+
+def test_stages_follow_one_another():
+    moments = in_stages([(20, 1), (10, 2)], "even")
+    assert np.allclose(moments, [*np.arange(20) / 20, *(1 + np.arange(20) / 10)])
+    with pytest.raises(ValueError, match="Expected a stage"):
+        in_stages([])
 
 
 def test_arrivals_are_as_many_a_second_as_asked():
@@ -101,12 +68,12 @@ def test_a_rate_or_time_not_above_0_is_refused(rate, seconds):
         arrivals(rate, seconds, "even")
 
 
-def test_an_open_loop_shows_who_queued_while_a_server_stalled():
+def test_an_open_loop_shows_who_queued_while_a_server_stalled(answering):
     def stalls_once(number):
         return (STALL if number == 20 else 0.0), ANSWER, False
 
     with answering(stalls_once) as address:
-        opened = drive(open_loop(address, [MESSAGE], rate=200, seconds=1, spacing="even", connections=1))
+        opened = drive(open_loop(address, [MESSAGE], arrivals(200, 1, "even"), connections=1))
     with answering(stalls_once) as address:
         closed = drive(closed_loop(address, [MESSAGE], concurrency=1, requests=200))
     assert opened.errors == closed.errors == 0
@@ -116,16 +83,20 @@ def test_an_open_loop_shows_who_queued_while_a_server_stalled():
     assert opened.seconds.max() > 0.95 * STALL
     assert opened.late.min() >= 0
     assert opened.seconds.min() > 0, "nothing is sent before its moment"
+    assert opened.waited.sum() >= 0.8 * 200 * STALL, "who found the only connection taken is told"
+    with answering(stalls_once) as address:
+        free = drive(open_loop(address, [MESSAGE], arrivals(100, 0.6, "even"), connections=100))
+    assert (free.waited.sum(), free.summary()["waited_for_connection"]) == (0, 0)
 
 
-def test_a_closed_loop_keeps_so_many_in_flight():
+def test_a_closed_loop_keeps_so_many_in_flight(answering):
     with answering(lambda number: (0.05, ANSWER, False)) as address:
         run = drive(closed_loop(address, [MESSAGE], concurrency=8, requests=80))
     assert (len(run.seconds), run.errors) == (80, 0)
     assert run.duration == pytest.approx(0.5, rel=0.4)
 
 
-def test_a_closed_loop_ends_after_its_seconds():
+def test_a_closed_loop_ends_after_its_seconds(answering):
     with answering(lambda number: (0.01, ANSWER, False)) as address:
         run = drive(closed_loop(address, [MESSAGE], concurrency=2, seconds=0.3))
     assert 0.3 <= run.duration < 0.6
@@ -135,13 +106,13 @@ def test_a_closed_loop_ends_after_its_seconds():
         drive(closed_loop(address, [], concurrency=2, requests=1))
 
 
-def test_answers_in_chunks_and_closed_connections_are_read():
+def test_answers_in_chunks_and_closed_connections_are_read(answering):
     with answering(lambda number: (0.0, CHUNKED if number % 2 else ANSWER, number % 3 == 0)) as address:
         run = drive(closed_loop(address, [MESSAGE], concurrency=2, requests=30))
     assert run.summary()["statuses"] == {"200": 30}
 
 
-def test_a_broken_answer_is_a_failure_by_name():
+def test_a_broken_answer_is_a_failure_by_name(answering):
     with answering(lambda number: (0.0, ANSWER[:25], True)) as address:
         broken = drive(closed_loop(address, [MESSAGE], concurrency=1, requests=3))
     assert broken.failures == {"ConnectionBroken": 3}
@@ -152,18 +123,31 @@ def test_a_broken_answer_is_a_failure_by_name():
     assert refused.failures == {"ConnectionRefusedError": 2}
 
 
-def test_no_answer_in_time_is_a_failure():
+def test_no_answer_in_time_is_a_failure(answering):
     with answering(lambda number: (5.0, ANSWER, False)) as address:
-        run = drive(open_loop(address, [MESSAGE], rate=20, seconds=0.2, spacing="even", answer_seconds=0.1))
+        run = drive(open_loop(address, [MESSAGE], arrivals(20, 0.2, "even"), answer_seconds=0.1))
     assert run.failures == {"TimeoutError": 4}
 
 
-def test_a_request_on_a_connection_that_was_just_closed_is_sent_again():
+def test_a_request_on_a_connection_that_was_just_closed_is_sent_again(answering):
     # The server closes without an answer every time that it has answered one request on a connection.
     with answering(lambda number: (0.0, b"" if number % 3 == 1 else ANSWER, number % 3 == 1)) as address:
         run = drive(closed_loop(address, [MESSAGE], concurrency=1, requests=20))
     assert run.errors == 0
     assert run.reopened >= 5
+
+
+def test_a_request_that_a_new_connection_leaves_unanswered_is_not_sent_again(answering):
+    asked = []
+
+    def closes(number):
+        asked.append(number)
+        return 0.0, b"", True
+
+    with answering(closes) as address:
+        run = drive(closed_loop(address, [MESSAGE], concurrency=1, requests=3))
+    assert len(asked) == 3, "each once"
+    assert (run.failures, run.reopened) == ({"ConnectionBroken": 3}, 0)
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "https://127.0.0.1", "http://127.0.0.1/v1"])

@@ -1,8 +1,11 @@
 import json
 import os
+import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from time import monotonic
 
 import numpy as np
 import psutil
@@ -10,13 +13,26 @@ import pytest
 from typer.testing import CliRunner
 
 from loadtest import drive as driving
+from loadtest.connections import Message
 from loadtest.drive import broken_limits
 from loadtest.endurance import PORTIONS, endure
 from loadtest.endurance import verdict as flatness
 from loadtest.image_sets import traffic
-from loadtest.overload import Acts, judge, play, recovered_after, settings_of
+from loadtest.overload import (
+    ROOM,
+    Acts,
+    allow_open_files,
+    connections_for,
+    judge,
+    play,
+    recovered_after,
+    settings_of,
+)
 from loadtest.runs import Run
+from loadtest.serving import Running
+from service.settings import Settings
 
+OK_ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 ROOT = Path(__file__).parents[2]
 
 
@@ -24,7 +40,8 @@ def run_of(seconds, statuses=None, intended=None, duration=10.0):
     seconds = np.asarray(seconds, float)
     statuses = np.full(len(seconds), 200) if statuses is None else np.asarray(statuses)
     intended = np.linspace(0, duration, len(seconds), endpoint=False) if intended is None else np.asarray(intended)
-    return Run(intended, seconds, statuses, np.zeros(len(seconds)), {}, duration)
+    count = len(seconds)
+    return Run(intended, seconds, statuses, np.zeros(count), np.zeros(count, bool), np.full(count, ""), duration)
 
 
 @pytest.fixture
@@ -40,7 +57,7 @@ def failed(acts: Acts) -> list[str]:
 
 
 def test_what_keeps_all_limits_passes(good):
-    assert len(judge(good)) == 7
+    assert len(judge(good)) == 9
     assert failed(good) == []
 
 
@@ -71,6 +88,34 @@ def test_memory_that_grows_breaks_its_limit(good):
     assert failed(Acts(**{**vars(good), "over_memory": 126_000_000})) == [
         "at 150 % memory is within 1.25 times that at 80 %"
     ]
+
+
+def test_who_waits_for_a_connection_and_a_server_that_ends_break_their_limits(good):
+    over = replace(good.over, waited=np.arange(1000) < 3)
+    assert failed(replace(good, over=over)) == ["no request waits for a connection of the client"]
+    assert failed(replace(good, ended="The server is gone.", over_memory=0)) == ["the gateway runs to the end"]
+
+
+def test_a_full_queue_and_more_fit_the_clients_connections():
+    assert connections_for({}) == Settings.model_fields["queue_images"].default + ROOM
+    assert connections_for({"queue_images": "5000"}) == 5000 + ROOM
+    with pytest.raises(ValueError, match="Expected queue_images as a whole number, got 'many'"):
+        connections_for({"queue_images": "many"})
+
+
+def test_open_files_are_allowed_as_far_as_the_system_does():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (400, hard))
+        allow_open_files(500)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (500, hard)
+        allow_open_files(300)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (500, hard), "nothing is taken away"
+        if hard != resource.RLIM_INFINITY:
+            with pytest.raises(ValueError, match=f"Expected to be allowed {hard + 1} open files"):
+                allow_open_files(hard + 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_recovery_counts_from_the_last_bad_second():
@@ -130,13 +175,33 @@ def test_a_driver_ends_with_1_where_a_limit_is_broken(server, images_file):
 def test_the_acts_of_an_overload_are_played_on_a_gateway(server, image_set):
     messages = traffic(image_set, 0.1, "digits", "png", count=32)
     told = []
-    acts = play(server, messages, concurrency=8, seconds=(0.5, 0.5, 0.5, 0.5), told=told.append)
-    assert len(told) == 4
+    seconds = (0.5, 0.5, 0.5, 0.5)
+    acts = play(server, messages, concurrency=8, connections=256, seconds=seconds, told=told.append)
+    assert len(told) == 3
     assert acts.capacity.errors == 0
     assert len(acts.steady.seconds) == pytest.approx(0.8 * 0.5 * acts.capacity.rate, rel=0.5)
     assert len(acts.over.seconds) > len(acts.steady.seconds)
     assert acts.over_memory > 10_000_000
-    assert len(judge(acts)) == 7
+    assert acts.ended is None
+    assert len(judge(acts)) == 9
+
+
+def test_a_recovery_begins_with_what_waits_at_the_switch(answering):
+    free_at = [0.0]
+
+    def in_turn(number):
+        free_at[0] = max(free_at[0], monotonic()) + 0.02
+        return free_at[0] - monotonic(), OK_ANSWER, False
+
+    with answering(in_turn) as address:
+        slow = Running(f"http://{address.host}:{address.port}", os.getpid(), Path("none.log"))
+        message, seconds = Message("/", (), b""), (0.6, 0.5, 1.0, 0.5)
+        acts = play(slow, [message], concurrency=1, connections=200, seconds=seconds, told=lambda _: None)
+    assert acts.over.percentile(99) > 0.2, "a backlog of a third of a second's requests"
+    assert acts.recovery.seconds[:5].min() > 0.5 * acts.over.seconds[-5:].max()
+    assert acts.recovery.intended.min() >= 0
+    assert acts.recovery.intended.max() < 0.5
+    assert "within 5 s all is as at 80 % again" in failed(acts)
 
 
 def test_memory_is_noted_over_all_requests(server, image_set):

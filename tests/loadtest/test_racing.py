@@ -1,0 +1,88 @@
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+
+from loadtest.connections import Message
+from loadtest.contenders import Contender
+from loadtest.racing import best_settings, race, ratios
+from loadtest.serving import free_port, running
+
+IMAGES = np.zeros((2, 1, 4, 4), np.uint8)
+
+SERVER = """
+import os, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+class Answers(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_POST(self):
+        if self.path == "/strange":
+            self.wfile.write(b"nothing of HTTP\\r\\n\\r\\n")
+            self.close_connection = True
+        elif self.path == "/fatal":
+            print("the end of it", flush=True)
+            os._exit(7)
+        else:
+            self.do_GET()
+
+    def log_message(self, *told):
+        pass
+
+ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Answers).serve_forever()
+"""
+
+
+def contender(body: str) -> Contender:
+    """One that asks the server above in a way that it answers, or not, by the path."""
+    port = free_port()
+    command = [sys.executable, "-c", SERVER, str(port)]
+    return Contender(
+        "one", "alone", body, lambda _: Message(f"/{body}", (), b""), partial(running, command, port, ready="/")
+    )
+
+
+@pytest.fixture(scope="module")
+def raced():
+    bodies = ("good", "strange", "fatal", "better")
+    told: list[str] = []
+    contenders = [contender(body) for body in bodies]
+    return race(contenders, IMAGES, concurrencies=(1,), seconds=0.1, rounds=2, told=told.append), told
+
+
+def test_who_fails_costs_nobody_else_a_row(raced):
+    result, _ = raced
+    rows = [(row["round"], row["setting"], set(row["statuses"])) for row in result["runs"]]
+    assert rows == [(number, f"{body}, alone", {"200"}) for number in (0, 1) for body in ("good", "better")]
+
+
+def test_what_is_not_http_and_a_server_that_ends_are_told_by_contender(raced):
+    result, told = raced
+    assert set(result["failures"]) == {"one, strange, alone", "one, fatal, alone"}
+    assert "In round 1 of 2: strange, alone gave no answer to an image" in result["failures"]["one, strange, alone"]
+    assert result["failures"]["one, fatal, alone"].startswith("In round 1 of 2: fatal, alone gave no answer")
+    assert sum("fatal" in line for line in told) == 1, "who failed is not tried again"
+
+
+def test_who_fails_in_a_later_round_is_not_ranked(tmp_path):
+    mark = tmp_path / "begun"
+    once = f"import pathlib; mark = pathlib.Path({str(mark)!r}); ran = mark.exists(); mark.touch()\n"
+    port = free_port()
+    fragile = [sys.executable, "-c", once + "if ran: raise SystemExit(4)\n" + SERVER, str(port)]
+    contenders = [
+        Contender("steady", "alone", "good", contender("good").message, contender("good").open),
+        Contender("fragile", "alone", "good", contender("good").message, partial(running, fragile, port, ready="/")),
+    ]
+    result = race(contenders, IMAGES, concurrencies=(1,), seconds=0.1, rounds=2, told=lambda _: None)
+    assert [(row["server"], row["round"]) for row in result["runs"] if row["server"] == "fragile"] == [("fragile", 0)]
+    assert result["failures"]["fragile, alone"].startswith("In round 2 of 2: ")
+    best = best_settings(result["runs"], rounds=2)
+    assert [(row["server"], len(row["rounds"])) for row in best] == [("steady", 2)]
+    assert ratios(best, ["steady"]) == []
