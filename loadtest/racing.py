@@ -15,6 +15,8 @@ from loadtest.drivers import FAILURES, closed_loop, drive
 from loadtest.serving import Running, ServerEnded, ServerNotReady
 
 WARM_UP_REQUESTS = 200
+END_SECONDS = 1.0
+"""How long a server that has failed is given to end: its connections break before its process is gone."""
 
 Told = Callable[[str], None]
 
@@ -85,12 +87,14 @@ def _measured(
         process = _process(left[0])
         try:
             with left[0].open() as server:
-                while left and not server.ended:
+                while left:
                     contender = left.popleft()
                     try:
                         yield from _rows(contender, server, images, concurrencies, seconds)
                     except (NoAnswer, ServerEnded) as error:
                         failed(_name(contender), error)
+                        if server.ends_within(END_SECONDS):
+                            break
         except ServerNotReady as error:
             failed(process, error)
             return

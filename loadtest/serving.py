@@ -68,6 +68,13 @@ class Running:
         except psutil.NoSuchProcess:
             return True
 
+    def ends_within(self, seconds: float) -> bool:
+        """Wait so long at most for the server's end; say whether it came."""
+        deadline = time.monotonic() + seconds
+        while not self.ended and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return self.ended
+
     def _sum(self, of: Callable[[psutil.Process], float]) -> float:
         """Add up what is told of each process; one that the server started and that ends meanwhile counts nothing."""
         if self.ended:

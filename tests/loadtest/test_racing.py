@@ -36,6 +36,7 @@ class Answers(BaseHTTPRequestHandler):
     def log_message(self, *told):
         pass
 
+ThreadingHTTPServer.request_queue_size = 64
 ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Answers).serve_forever()
 """
 
