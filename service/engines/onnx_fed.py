@@ -1,4 +1,4 @@
-"""A graph on the processor whose noise is drawn beside it, which costs a fifth of what the runtime's own draws do."""
+"""A graph on the processor whose noise is drawn beside it, which costs less than the runtime's own draws."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache

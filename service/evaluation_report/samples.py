@@ -12,6 +12,9 @@ from service.report_parts.pictures import difference_picture, picture
 MOST_STRIPS = 12
 """Rows of pictures that are shown of one attack where each defense has its own."""
 
+MOST_ANSWERS = 24
+"""Answers that are shown of one attack, over all defenses, where they are given the same examples."""
+
 
 @dataclass(frozen=True)
 class Answered:
@@ -73,7 +76,7 @@ def _first_place(samples: Sequence[Sample], sample: Sample) -> int:
 def _strips(report: EvaluationReport, samples: Sequence[Sample]) -> Iterator[Strip]:
     by_defense = [list(found) for _, found in groupby(samples, key=lambda sample: sample.defense)]
     if samples[0].scenario == "A":
-        for same in zip(*by_defense, strict=True):
+        for same in list(zip(*by_defense, strict=True))[: max(1, MOST_ANSWERS // len(by_defense))]:
             yield _strip(report, same)
         return
     for own in by_defense:
