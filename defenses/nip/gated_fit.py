@@ -27,6 +27,9 @@ from defenses.protected import ProtectedClassifier
 from defenses.splits import Splits
 from defenses.stages import Stages
 
+ONE_SIDED_95 = 1.645
+"""Standard errors between a loss that was counted and the bound that it stays below 95 times in 100."""
+
 
 @dataclass(frozen=True)
 class GateReport:
@@ -215,7 +218,8 @@ class _Fit:
         order = answers.scores.argsort(descending=True)[:budgeted]
         right = answers.undefended_logits.argmax(1) == targets
         otherwise = answers.logits.argmax(1) == targets
-        count = affordable(right[order], otherwise[order], plan.accuracy_loss * len(targets))
+        allowed = plan.accuracy_loss * len(targets)
+        count = affordable(right[order], otherwise[order], allowed, errors=ONE_SIDED_95)
         if count < len(order):
             protected.threshold.fill_(float(answers.scores[order[count]]))
         alerted = answers.scores > protected.threshold.cpu()

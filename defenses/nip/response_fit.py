@@ -112,15 +112,16 @@ def _within(scores: Tensor, right: Tensor, otherwise: Tensor, allowed: float) ->
     return float(scores[order[min(count, len(order) - 1)]])
 
 
-def affordable(right: Tensor, otherwise: Tensor, allowed: float) -> int:
+def affordable(right: Tensor, otherwise: Tensor, allowed: float, *, errors: float = 1.0) -> int:
     """Return how many images, the first ones, may be answered otherwise at a loss of at most ``allowed`` images.
 
     ``right`` (N,) and ``otherwise`` (N,) say where the bare answer is right, and where the other one is. The loss is
-    that of right answers in all, plus one standard error of it, and is kept at every count up to the one returned.
+    that of right answers in all, plus so many standard ``errors`` of it, and is kept at every count up to the one
+    returned.
     """
     lost = (right.int() - otherwise.int()).cumsum(0)
     spread = (right != otherwise).cumsum(0).sqrt()
-    beyond = (lost + spread > allowed).nonzero()
+    beyond = (lost + errors * spread > allowed).nonzero()
     return int(beyond[0]) if len(beyond) else len(right)
 
 

@@ -89,6 +89,7 @@ def test_what_may_be_answered_otherwise_keeps_the_loss_within_bounds_at_every_co
     otherwise = torch.tensor([0, 1, 0, 0, 0, 0, 0], dtype=torch.bool)
     assert affordable(right, otherwise, 0) == 0
     assert affordable(right, otherwise, 3.0) == 3, "lost 1, 0, 1, 2 and standard errors 1, 1.4, 1.7, 2"
+    assert affordable(right, otherwise, 3.0, errors=1.645) == 2, "with 1.645 of them 2.6, 2.3, 3.8"
     assert affordable(right, otherwise, 100) == 7
     assert affordable(right, right, 0) == 7, "nothing changes"
 
