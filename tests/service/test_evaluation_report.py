@@ -32,6 +32,7 @@ from service.evaluation.compare import compare, load_report
 from service.evaluation.published import PublishedRow
 from service.evaluation_report import render, write_page
 from service.evaluation_report.curves import DASHES
+from service.evaluation_report.samples import sample_groups
 from service.fit_draft import baseline_draft
 from service.register import Declaration, register
 from service.report_parts.axes import LINES, MARKERS
@@ -443,6 +444,22 @@ def test_the_pictures_are_the_images(page, measured):
     assert LABELS[first.answered_class] in told
     resisted = first.alerted or first.answered_class == first.true_class
     assert told.split("\n")[-1] == ("resisted" if resisted else "not resisted")
+
+
+@pytest.mark.parametrize(("copies", "most"), [(1, 12), (5, 4), (13, 1), (40, 1)])
+def test_the_more_defenses_the_fewer_examples_but_never_none(measured, copies, most):
+    attack = PLAN.attacks[0]
+    shown = [
+        each for each in measured.samples if (each.attack, each.scenario, each.defense) == (attack, "A", "digits@2")
+    ]
+    many = (shown * 12)[:12]
+    names = [f"copy@{number}" for number in range(copies)]
+    one = next(each for each in measured.report.defenses if each.name == "digits@2")
+    report = replace(measured.report, defenses=tuple(replace(one, name=name) for name in names))
+    samples = [replace(each, defense=name) for name in names for each in many]
+    (group,) = sample_groups(report, samples)
+    assert len(group.strips) == most
+    assert all([each.defense.name for each in strip.answers] == names for strip in group.strips)
 
 
 def test_names_are_text_and_never_markup(page, written):
