@@ -78,7 +78,7 @@ class Shard:
             "attack": crafting.attack.family,
             "parameters": dict(crafting.attack.parameters),
             "seed": self.seed,
-            "images": _digest(crafting.images[self.rows], crafting.targets[self.rows]),
+            "images": digest_of(crafting.images[self.rows], crafting.targets[self.rows]),
             "device": crafting.device.type,
             "code": code_version(),
         }
@@ -238,7 +238,8 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _digest(*tensors: Tensor) -> str:
+def digest_of(*tensors: Tensor) -> str:
+    """Return the SHA-256 over tensors on the CPU: their types, shapes and bytes."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())

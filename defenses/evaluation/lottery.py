@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from defenses.evaluation import run_batched
+from defenses.evaluation.answer_cache import AnswerCache
 from defenses.pixels import to_float
 from defenses.precision import full_precision
 from defenses.protected import ProtectedClassifier
@@ -31,13 +32,15 @@ class Lottery:
 class Draws:
     """Submit images again and again to a protected classifier in evaluation mode on ``device``.
 
-    The noise is drawn from ``seed``, and the global random state left as it was. ``noise_scale`` multiplies it.
+    The noise is drawn from ``seed``, and the global random state left as it was. ``noise_scale`` multiplies it. With a
+    ``cache``, which is that of this defense, nothing is asked twice.
     """
 
     protected: ProtectedClassifier
     device: torch.device
     seed: int
     noise_scale: float = 1.0
+    cache: AnswerCache | None = None
 
     @torch.no_grad()
     def noisy(self, images: Tensor) -> bool:
@@ -54,10 +57,8 @@ class Draws:
 
     def lottery(self, images: Tensor) -> Lottery:
         """Return how clean images (N, C, H, W), one or more, fare over 16 submissions."""
-        answers = self._answered(images, SUBMISSIONS)
-        labels = torch.stack([logits.argmax(1) for logits, _ in answers])
-        verdicts = torch.stack([alerts for _, alerts in answers])
-        changed = [float((each != each[0]).any(0).float().mean()) for each in (labels, verdicts)]
+        answered = self._answered(images, SUBMISSIONS)
+        changed = [float((each != each[0]).any(0).float().mean()) for each in answered]
         return Lottery(len(images), SUBMISSIONS, *changed)
 
     def success_within(self, x_adv: Tensor, y: Tensor) -> dict[int, float]:
@@ -67,17 +68,26 @@ class Draws:
         """
         won = torch.zeros(len(y), dtype=torch.bool)
         shares = {}
-        for number, (logits, alerts) in enumerate(self._answered(x_adv, TRIES[-1]), 1):
-            won |= (logits.argmax(1) != y) & ~alerts
+        for number, (labels, alerts) in enumerate(zip(*self._answered(x_adv, TRIES[-1]), strict=True), 1):
+            won |= (labels != y) & ~alerts
             if number in TRIES:
                 shares[number] = float(won.float().mean())
         return shares
 
-    def _answered(self, images: Tensor, times: int) -> list[tuple[Tensor, Tensor]]:
-        """Return the logits (N, K) and alerts (N,) of each of several submissions."""
+    def _answered(self, images: Tensor, times: int) -> tuple[Tensor, Tensor]:
+        """Return the labels (times, N), and the alerts (times, N), of several submissions of images (N, C, H, W)."""
+        if self.cache is None:
+            kept = self._asked(images, times)
+        else:
+            how = {"seed": self.seed, "submissions": times}
+            kept = self.cache.once(images, how, lambda: self._asked(images, times))
+        return kept["labels"].long(), kept["alerts"]
+
+    def _asked(self, images: Tensor, times: int) -> dict[str, Tensor]:
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []), full_precision():
             torch.manual_seed(self.seed)
             answers = [
                 run_batched(self.protected, images, self.device, noise_scale=self.noise_scale) for _ in range(times)
             ]
-        return [(each.logits, each.alerts) for each in answers]
+        labels = torch.stack([each.logits.argmax(1) for each in answers])
+        return {"labels": labels.to(torch.int16), "alerts": torch.stack([each.alerts for each in answers])}

@@ -9,6 +9,7 @@ from defenses.attacks import AdversarialExamples, Form
 from defenses.attacks.examples import mean_distance
 from defenses.detector import NoDetector
 from defenses.evaluation import Answers, resisted, run_batched
+from defenses.evaluation.answer_cache import AnswerCache
 from defenses.evaluation.curves import ResistanceCurve
 from defenses.evaluation.rates import CleanRow, Interval, exact_interval, rate
 from defenses.judge import PurifiedAnswer
@@ -53,7 +54,8 @@ class Measurement:
     """Measure a protected classifier, in evaluation mode on ``device``.
 
     ``noise_scale`` multiplies all noise of the defense. The noise is drawn from ``seed`` anew for each measurement, so
-    that each gives the same row whatever was measured before it, and the global random state is left as it was.
+    that each gives the same row whatever was measured before it, and the global random state is left as it was. With a
+    ``cache``, which is that of this defense, nothing is asked twice.
     """
 
     protected: ProtectedClassifier
@@ -61,6 +63,14 @@ class Measurement:
     seed: int
     noise_scale: float = 1.0
     batch_size: int = 128
+    cache: AnswerCache | None = None
+
+    def answers(self, images: Tensor) -> Answers:
+        """Return what the defense answers to images, uint8 or float in [0, 1] (N, C, H, W), one or more."""
+        if self.cache is None:
+            return self._asked(images)
+        how = {"seed": self.seed, "batch_size": self.batch_size}
+        return Answers(**self.cache.once(images, how, lambda: self._asked(images)._asdict()))
 
     def clean(self, images: Tensor, targets: Tensor) -> tuple[CleanRow, Tensor]:
         """Return what happens to clean images, uint8 (N, C, H, W) with their classes (N,), and their scores (N,).
@@ -70,7 +80,7 @@ class Measurement:
         """
         if not len(images):
             raise ValueError("There are no clean images to measure the defense on.")
-        answers = self._answers(images)
+        answers = self.answers(images)
         row = CleanRow.count(
             undefended_right=answers.undefended_logits.argmax(1) == targets,
             right=answers.logits.argmax(1) == targets,
@@ -98,7 +108,7 @@ class Measurement:
         )
         if not len(images):
             return row
-        answers, y = self._answers(images), examples.y[fooled]
+        answers, y = self.answers(images), examples.y[fooled]
         corrected, either = answers.logits.argmax(1) == y, resisted(answers, y)
         scores = self._comparable_scores(answers)
         x, missed = examples.x[fooled], ~corrected
@@ -124,7 +134,7 @@ class Measurement:
         threshold = self.protected.threshold.cpu()
         return answers.scores - threshold[answers.logits.argmax(1)] if threshold.ndim else answers.scores
 
-    def _answers(self, images: Tensor) -> Answers:
+    def _asked(self, images: Tensor) -> Answers:
         cuda = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda), full_precision():
             torch.manual_seed(self.seed)

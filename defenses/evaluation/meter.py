@@ -12,7 +12,7 @@ from defenses.attacks import AdversarialExamples, Form
 from defenses.attacks.examples import fools
 from defenses.attacks.shards import Crafted, Crafting
 from defenses.classifier import Classifier
-from defenses.evaluation import run_batched
+from defenses.evaluation.answer_cache import AnswerCache
 from defenses.evaluation.crafting import Work
 from defenses.evaluation.defense import Defense
 from defenses.evaluation.lottery import Draws, Lottery
@@ -61,9 +61,9 @@ class Sample:
 class Meter:
     """Measure one defense of a classifier, under each of its noises.
 
-    ``images`` uint8 (N, C, H, W) and ``targets`` (N,) are the clean ones. The noise is drawn from seeds of the plan
-    alone, so that each measurement gives the same whatever went before it, and the global random state is left as it
-    was.
+    ``images`` uint8 (N, C, H, W) and ``targets`` (N,) are the clean ones; ``cache`` is this defense's. The noise is
+    drawn from seeds of the plan alone, so that each measurement gives the same whatever went before it, and the global
+    random state is left as it was.
     """
 
     def __init__(
@@ -74,13 +74,16 @@ class Meter:
         images: Tensor,
         targets: Tensor,
         device: torch.device,
+        cache: AnswerCache,
     ) -> None:
         self.classifier, self.defense, self.plan, self.device = classifier, defense, plan, device
         self.images = images
         self.scale = float(plan.noise)
         seeds = range(plan.seed, plan.seed + (plan.noise_seeds if defense.noisy else 1))
-        self.measurements = [Measurement(defense.protected, self.device, seed, self.scale) for seed in seeds]
-        self.draws = Draws(defense.protected, self.device, plan.seed, self.scale)
+        self.measurements = [
+            Measurement(defense.protected, self.device, seed, self.scale, cache=cache) for seed in seeds
+        ]
+        self.draws = Draws(defense.protected, self.device, plan.seed, self.scale, cache)
         self._clean = [each.clean(images, targets) for each in self.measurements]
 
     def defense_result(self) -> DefenseResult:
@@ -125,9 +128,7 @@ class Meter:
     def won(self, crafting: Crafting, crafted: Crafted) -> float:
         """Return the share of examples that are answered wrongly and not alerted, under the first noise."""
         y = crafting.targets[crafted.rows]
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(self.plan.seed)
-            answers = run_batched(self.defense.protected, crafted.x_adv, self.device, noise_scale=self.scale)
+        answers = self.measurements[0].answers(crafted.x_adv)
         return float(((answers.logits.argmax(1) != y) & ~answers.alerts).float().mean())
 
     def _examples(self, work: Work, crafting: Crafting, crafted: Crafted) -> AdversarialExamples:

@@ -10,6 +10,7 @@ from defenses.attacks.examples import fools
 from defenses.attacks.shards import Crafted, Crafting, ExampleCache, craft_shards
 from defenses.classifier import Classifier
 from defenses.evaluation import Progress, sanity
+from defenses.evaluation.answer_cache import AnswerCache
 from defenses.evaluation.crafting import (
     ANOTHER_IMAGE,
     REPEATED,
@@ -104,7 +105,8 @@ class Evaluation:
         results, rows, samples = [], [], []
         for number, defense in enumerate(self.defenses):
             progress("measured", number, len(self.defenses))
-            meter = Meter(self.classifier, defense, self.plan, self.images, self.targets, self.device)
+            answers = AnswerCache(kept.folder, f"{defense.digest}, answers, {self.plan.switches}", self.device)
+            meter = Meter(self.classifier, defense, self.plan, self.images, self.targets, self.device, answers)
             meters[defense.name] = meter
             results.append(meter.defense_result())
             for work, examples in crafted.items():

@@ -1,6 +1,10 @@
 """What is counted of a defense in scenario A, on a real classifier, with real attacks."""
 
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +17,9 @@ from defenses.calibration import calibrate
 from defenses.classifier import Classifier
 from defenses.detector import Detector
 from defenses.evaluation import run_batched
+from defenses.evaluation.answer_cache import AnswerCache
 from defenses.evaluation.curves import ResistanceCurve
+from defenses.evaluation.lottery import Draws
 from defenses.evaluation.measurement import Measurement
 from defenses.evaluation.rates import CleanRow, exact_interval
 from defenses.onnx_import import canonicalise
@@ -31,6 +37,13 @@ class Smoothing(Purifier):
     def forward(self, x: Tensor, noise_scale: Tensor) -> Tensor:
         noisy = (x + noise_scale * 0.2 * torch.randn_like(x)).clamp(0, 1)
         return nn.functional.avg_pool2d(noisy, 3, stride=1, padding=1)
+
+
+class Unasked(Purifier):
+    """Stand where nothing may be asked any more."""
+
+    def forward(self, x: Tensor, noise_scale: Tensor) -> Tensor:
+        raise AssertionError("The defense was asked again.")
 
 
 class Direction(Detector):
@@ -294,3 +307,74 @@ def test_scores_that_are_not_finite_are_refused(bad):
 def test_intervals_are_clopper_and_pearsons(count, total, interval):
     counted = torch.arange(total) < count
     assert exact_interval(counted) == pytest.approx(interval, abs=5e-4)
+
+
+def test_answers_that_are_kept_are_those_that_were_given_and_nothing_is_asked_twice(
+    protected, scenario, clean, digits, examples, tmp_path
+):
+    images, targets = digits[0][700:], digits[1][700:]
+    made = examples("fgsm:epsilon=40/255")
+    unasked = ProtectedClassifier(
+        protected.classifier, Unasked(), protected.detector, float(protected.threshold)
+    ).eval()
+    cache = AnswerCache(tmp_path, "smoothing", CPU)
+    for asked in (protected, unasked):
+        measurement, draws = replace(scenario, protected=asked, cache=cache), Draws(asked, CPU, 3, cache=cache)
+        row, scores = measurement.clean(images, targets)
+        assert row == clean[0]
+        assert torch.equal(scores, clean[1])
+        assert measurement.attacked(made, scores) == scenario.attacked(made, clean[1])
+        assert draws.lottery(images[:20]) == Draws(protected, CPU, 3).lottery(images[:20])
+        assert draws.success_within(made.x_adv[:20], made.y[:20]) == Draws(protected, CPU, 3).success_within(
+            made.x_adv[:20], made.y[:20]
+        )
+
+
+@pytest.mark.parametrize(
+    ("victim", "seed", "first"),
+    [
+        ("another defense", 3, 700),
+        ("smoothing", 4, 700),
+        ("smoothing", 3, 701),
+    ],
+)
+def test_what_is_kept_answers_no_other_question(protected, digits, tmp_path, victim, seed, first):
+    kept = Measurement(protected, CPU, 3, cache=AnswerCache(tmp_path, "smoothing", CPU))
+    kept.answers(digits[0][700:])
+    unasked = ProtectedClassifier(
+        protected.classifier, Unasked(), protected.detector, float(protected.threshold)
+    ).eval()
+    with pytest.raises(AssertionError, match="asked again"):
+        Measurement(unasked, CPU, seed, cache=AnswerCache(tmp_path, victim, CPU)).answers(digits[0][first:])
+
+
+def test_one_asks_and_the_others_wait_for_its_answers(tmp_path):
+    asked = []
+    begun = threading.Event()
+
+    def ask() -> dict[str, Tensor]:
+        asked.append(time.monotonic())
+        begun.set()
+        time.sleep(0.5)
+        return {"logits": torch.arange(3.0)}
+
+    def once() -> Tensor:
+        return AnswerCache(tmp_path, "slow", CPU).once(torch.zeros(1), {"seed": 0}, ask)["logits"]
+
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(once)
+        assert begun.wait(10)
+        others = [threads.submit(once) for _ in range(3)]
+        assert all(torch.equal(each.result(), torch.arange(3.0)) for each in (first, *others))
+    assert len(asked) == 1
+
+
+def test_a_defense_that_fails_leaves_nothing_behind_and_is_asked_again(tmp_path):
+    cache = AnswerCache(tmp_path, "failing", CPU)
+
+    def fail() -> dict[str, Tensor]:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cache.once(torch.zeros(1), {}, fail)
+    assert cache.once(torch.zeros(1), {}, lambda: {"logits": torch.ones(1)})["logits"].item() == 1
