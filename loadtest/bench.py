@@ -24,12 +24,12 @@ import typer
 
 from loadtest.art_defenses import art_comparison
 from loadtest.bench_page import page
+from loadtest.competition import compete
 from loadtest.compute import computation
-from loadtest.contenders import Contender, gateways
+from loadtest.contenders import CORES, Contender, counted, gateways
 from loadtest.environments import PeerUnavailable, own_versions
 from loadtest.image_sets import ImageSet
 from loadtest.own_cost import own_cost
-from loadtest.racing import best_settings, race, ratios
 from loadtest.rivals import REQUIREMENTS, environment_of, rivals
 from model_store import Fetched, Store, parse_reference
 from service.cli.common import failures_told
@@ -38,8 +38,8 @@ from service.repository import MODELS
 from service.served import GRAPH
 
 OWN = "Portcullis"
-LEAST_REQUESTS = 500
-"""Below it the processor time of a request drowns in the ticks in which the system counts it."""
+REQUESTS = 1000
+"""Of each round on the gateway's own cost: far fewer drown in the ticks in which the system counts processor time."""
 
 
 class Phase(StrEnum):
@@ -63,8 +63,8 @@ class NothingProtected(ValueError):
 class Plan:
     """What is compared and how thoroughly.
 
-    ``versions`` are by what they are called, the bare classifier first; ``concurrencies``, ``seconds`` and ``rounds``
-    are of the servers, ``turns`` of the computation.
+    ``versions`` are by what they are called, the bare classifier first; ``concurrencies``, ``trial_seconds``,
+    ``seconds`` and ``rounds`` are of the servers, ``threads`` and ``turns`` of the computation.
     """
 
     store: Path
@@ -73,8 +73,10 @@ class Plan:
     peers: tuple[str, ...]
     environments: Path
     concurrencies: tuple[int, ...]
+    trial_seconds: float
     seconds: float
     rounds: int
+    threads: tuple[int, ...]
     turns: int
     batch: int
     told: Callable[[str], None]
@@ -94,8 +96,12 @@ def main(
     phase: Annotated[list[Phase] | None, typer.Option(help="What to compare.", show_default="all")] = None,
     peer: Annotated[list[str] | None, typer.Option(help="Other servers.", show_default=", ".join(REQUIREMENTS))] = None,
     concurrency: Annotated[list[int] | None, typer.Option(help="Requests in flight.", show_default="1, 16, 64")] = None,
-    seconds: Annotated[float, typer.Option(help="How long each load lasts.", min=0.5)] = 5,
+    trial: Annotated[float, typer.Option(help="Seconds of each load while all settings are tried.", min=0.1)] = 0.5,
+    seconds: Annotated[float, typer.Option(help="Seconds of each load on the best settings.", min=0.5)] = 1.5,
     rounds: Annotated[int, typer.Option(help="How often each server has its turn.", min=1)] = 3,
+    threads: Annotated[
+        list[int] | None, typer.Option(help="Threads that compute.", show_default=f"1, {CORES}", min=1)
+    ] = None,
     turns: Annotated[int, typer.Option(help="Turns of each graph at each batch size.", min=3)] = 60,
     batch: Annotated[int, typer.Option(help="The most images that a server computes at once.", min=1)] = 32,
     output: Annotated[Path, typer.Option(help="Where bench.json and bench.html are written.")] = Path("var/bench"),
@@ -109,8 +115,10 @@ def main(
             peers=tuple(peer or REQUIREMENTS),
             environments=output / "environments",
             concurrencies=tuple(concurrency or (1, 16, 64)),
+            trial_seconds=trial,
             seconds=seconds,
             rounds=rounds,
+            threads=tuple(threads or (1, CORES)),
             turns=turns,
             batch=batch,
             told=partial(typer.echo, err=True),
@@ -158,12 +166,14 @@ def run(plan: Plan, phases: tuple[Phase, ...], output: Path) -> dict[str, Any]:
 
 
 def compute(plan: Plan) -> dict[str, Any]:
-    """Compare computation in one thread."""
+    """Compare computation in each number of threads."""
     protected = {name: fetched for name, fetched in plan.versions.items() if name != "bare"}
     compared = {}
-    for name, fetched in protected.items():
-        plan.told(f"computation of {name}")
-        compared[name] = computation(fetched, plan.bare, turns=plan.turns)
+    for threads in plan.threads:
+        for name, fetched in protected.items():
+            called = f"{name}, {counted(threads, 'thread')}"
+            plan.told(f"computation of {called}")
+            compared[called] = computation(fetched, plan.bare, turns=plan.turns, threads=threads)
     return compared
 
 
@@ -185,25 +195,17 @@ def servers(plan: Plan) -> dict[str, Any]:
             continue
         installed[peer] = environment.versions()
         contenders += rivals(peer, environment, plan.bare.folder / GRAPH, plan.batch)
-    raced = race(
+    compared = compete(
         contenders,
         plan.images,
+        [f"{OWN} {name}" for name in plan.versions],
         concurrencies=plan.concurrencies,
+        trial_seconds=plan.trial_seconds,
         seconds=plan.seconds,
         rounds=plan.rounds,
         told=plan.told,
     )
-    best = best_settings(raced["runs"], plan.rounds)
-    own = [f"{OWN} {name}" for name in plan.versions]
-    return {
-        "seconds": plan.seconds,
-        "rounds": plan.rounds,
-        "installed": installed,
-        "failures": failures | raced["failures"],
-        "best": best,
-        "ratios": ratios(best, own),
-        "runs": raced["runs"],
-    }
+    return {**compared, "installed": installed, "failures": failures | compared["failures"]}
 
 
 def art(plan: Plan) -> dict[str, Any]:
@@ -213,8 +215,7 @@ def art(plan: Plan) -> dict[str, Any]:
 
 def gateway(plan: Plan) -> dict[str, Any]:
     """Measure what the gateway itself costs."""
-    requests = max(LEAST_REQUESTS, int(200 * plan.seconds))
-    return own_cost(plan.store, dict(plan.versions), plan.images, requests=requests, rounds=plan.rounds, told=plan.told)
+    return own_cost(plan.store, dict(plan.versions), plan.images, requests=REQUESTS, rounds=plan.rounds, told=plan.told)
 
 
 RUN: Mapping[Phase, Callable[[Plan], dict[str, Any]]] = {

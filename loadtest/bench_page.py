@@ -19,13 +19,16 @@ def page(result: Mapping[str, Any]) -> str:
     """Return what ``loadtest.bench`` measured as HTML, with the phases that there are."""
     phases: dict[str, Any] = {name: result["phases"].get(name) for name in ("compute", "servers", "art", "gateway")}
     servers = phases["servers"]
-    plot = rates(servers["best"]) if servers and servers["best"] else Markup("")
+    plots = {body: rates(best, body) for body, best in servers["best"].items() if best} if servers else {}
     template = page_environment("loadtest").get_template("bench.jinja")
-    return template.render(result={**result, "phases": phases}, plot=plot)
+    return template.render(result={**result, "phases": phases}, plots=plots)
 
 
-def rates(best: Sequence[Mapping[str, Any]]) -> Markup:
-    """Return the best rates of the servers as bars, grouped by concurrency, with the spread of their rounds."""
+def rates(best: Sequence[Mapping[str, Any]], body: str) -> Markup:
+    """Return the best rates of the servers as bars, grouped by concurrency, with the spread of their rounds.
+
+    ``body`` is what they were sent; it tells two plots of a page apart.
+    """
     servers = list(dict.fromkeys(row["server"] for row in best))
     concurrencies = sorted({row["concurrency"] for row in best})
     rows = {(row["server"], row["concurrency"]): row for row in best}
@@ -50,7 +53,7 @@ def rates(best: Sequence[Mapping[str, Any]]) -> Markup:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
     told = "; ".join(f"{row['server']} at {row['concurrency']}: {row['per_second']:.0f}" for row in best)
-    return draw("rates", "Requests per second by server and concurrency", told, SIZE, paint)
+    return draw(f"rates-{body}", "Requests per second by server and concurrency", told, SIZE, paint)
 
 
 def _colour(index: int) -> str:

@@ -19,6 +19,8 @@ ANSWERED = ("logits", "score", "alert")
 """What is asked of a protected graph, as far as it is there."""
 
 WARM_UPS = 3
+MARGIN = 1.1
+"""How much longer than its multiply-adds alone would have it a graph may take."""
 
 
 def computation(
@@ -28,7 +30,8 @@ def computation(
 
     The version's graph is `protected`, what of it makes the purified image `purifier`; where it corrects what it
     alerts, its second graph is `corrected`. Times are medians of turns in milliseconds of a batch, by the clock and by
-    the processor's time, which other programs disturb less. `allowed` is the ratio of the multiply-adds.
+    the processor's time, which other programs disturb less. Compared is the processor's time in one thread and the
+    clock's in several. `allowed` is the ratio of the multiply-adds, a row's `limit` `MARGIN` times it.
     """
     graphs = {"bare": bare.folder / GRAPH, "protected": protected.folder / GRAPH}
     if CORRECTION in protected.manifest.files:
@@ -47,18 +50,23 @@ def computation(
     shape, classes = protected.manifest.input.shape, len(protected.manifest.labels)
     ceiling = measure_ceiling(threads)
     work = {name: total(parts).multiply_adds for name, parts in counted.items()}
+    allowed = {name: count / work["bare"] for name, count in work.items() if name != "bare"}
+    compared = "cpu_milliseconds" if threads == 1 else "milliseconds"
     measured = {batch: _in_turns(engines, _inputs(list(engines), (batch, *shape), classes), turns) for batch in batches}
     return {
         "version": f"{protected.manifest.name}@{protected.manifest.version}",
         "kind": protected.manifest.kind,
         "threads": threads,
+        "compared": compared,
         "ceiling": asdict(ceiling),
         "parts": {name: {part: asdict(cost) for part, cost in parts.items()} for name, parts in counted.items()},
         "multiply_adds": work,
         "weight_bytes": {name: weight_bytes(path) for name, path in graphs.items()},
-        "allowed": {name: count / work["bare"] for name, count in work.items() if name != "bare"},
+        "allowed": allowed,
         "batches": {
-            str(batch): _with_ratios(times, {name: _floor(parts, ceiling, batch) for name, parts in counted.items()})
+            str(batch): with_ratios(
+                times, compared, allowed, {name: _floor(parts, ceiling, batch) for name, parts in counted.items()}
+            )
             for batch, times in measured.items()
         },
     }
@@ -100,14 +108,23 @@ def _floor(parts: Mapping[str, Any], ceiling: Ceiling, batch: int) -> float:
     return 1000 * ceiling.floor(batch * cost.multiply_adds, moved)
 
 
-def _with_ratios(times: Mapping[str, dict[str, float]], floors: Mapping[str, float]) -> dict[str, Any]:
-    return {
-        name: {
+def with_ratios(
+    times: Mapping[str, Mapping[str, float]], compared: str, allowed: Mapping[str, float], floors: Mapping[str, float]
+) -> dict[str, Any]:
+    """Return each graph's times with their ratios to the bare classifier's and to the floor, by the time ``compared``.
+
+    A graph with an ``allowed`` ratio has its ``limit``, and whether that is ``kept``.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for name, values in times.items():
+        ratio = values[compared] / times["bare"][compared]
+        rows[name] = {
             **values,
-            "ratio": values["milliseconds"] / times["bare"]["milliseconds"],
-            "cpu_ratio": values["cpu_milliseconds"] / times["bare"]["cpu_milliseconds"],
+            "ratio": ratio,
             "floor_milliseconds": floors[name],
-            "over_floor": values["cpu_milliseconds"] / floors[name],
+            "over_floor": values[compared] / floors[name],
         }
-        for name, values in times.items()
-    }
+        if name in allowed:
+            limit = MARGIN * allowed[name]
+            rows[name] |= {"limit": limit, "kept": ratio <= limit}
+    return rows

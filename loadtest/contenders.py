@@ -19,8 +19,9 @@ CORES = 2
 class Contender:
     """A server in one of its settings.
 
-    ``message`` makes a request of an image uint8 (C, H, W), ``open`` runs the server. Two settings that differ in the
-    message alone have the same ``process``: the server is started once for both.
+    ``message`` makes a request of an image uint8 (C, H, W), its pixels as they are where it is ``raw`` and a PNG
+    otherwise; ``open`` runs the server. Two settings that differ in the message alone have the same ``process``: the
+    server is started once for both.
     """
 
     server: str
@@ -28,11 +29,22 @@ class Contender:
     body: str
     message: Callable[[np.ndarray], Message]
     open: Callable[[], AbstractContextManager[Running]]
+    raw: bool = False
 
     @property
     def setting(self) -> str:
         """How the server is run and asked."""
         return f"{self.body}, {self.process}"
+
+    @property
+    def name(self) -> str:
+        """The server and its setting."""
+        return f"{self.server}, {self.setting}"
+
+    @property
+    def started(self) -> str:
+        """The server and how it is run, which contenders may share."""
+        return f"{self.server}, {self.process}"
 
 
 def counted(number: int, noun: str) -> str:
@@ -56,6 +68,7 @@ def gateways(store: Path, server: str, model: str, version: int, **settings: obj
             body,
             message,
             partial(gateway, store, models=f"{model}@{version}", threads=threads, **settings),
+            raw=body == "binary tensor",
         )
         for threads in (1, CORES)
         for body, message in routes.items()

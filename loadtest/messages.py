@@ -13,6 +13,7 @@ from loadtest.connections import Message
 
 Body = Literal["png", "binary", "json"]
 
+RAW = "application/octet-stream"
 OUTPUTS = ("class_index", "verdict")
 
 
@@ -28,6 +29,11 @@ def png_message(pixels: np.ndarray, path: str) -> Message:
     return Message(path, (("Content-Type", "image/png"),), png(pixels))
 
 
+def raw_message(pixels: np.ndarray, path: str) -> Message:
+    """Return an image uint8 (C, H, W) as a request whose content is its pixels, channel by channel."""
+    return Message(path, (("Content-Type", RAW),), np.ascontiguousarray(pixels).tobytes())
+
+
 def binary_message(pixels: np.ndarray, path: str, *, name: str = "image", outputs: Sequence[str] = OUTPUTS) -> Message:
     """Return an image uint8 (C, H, W) as an inference request with a binary tensor.
 
@@ -35,10 +41,7 @@ def binary_message(pixels: np.ndarray, path: str, *, name: str = "image", output
     """
     data = np.ascontiguousarray(pixels).tobytes()
     header = json.dumps(_inference(pixels, name, outputs, {"parameters": {"binary_data_size": len(data)}})).encode()
-    headers = (
-        ("Content-Type", "application/octet-stream"),
-        ("Inference-Header-Content-Length", str(len(header))),
-    )
+    headers = (("Content-Type", RAW), ("Inference-Header-Content-Length", str(len(header))))
     return Message(path, headers, header + data)
 
 
@@ -55,12 +58,13 @@ def base64_message(pixels: np.ndarray, path: str, *, name: str = "image") -> Mes
     return Message(path, (("Content-Type", "application/json"),), json.dumps(body).encode())
 
 
-def form_message(pixels: np.ndarray, path: str, *, name: str) -> Message:
-    """Return an image uint8 (C, H, W) as a form with one PNG file in the field ``name``."""
+def form_message(pixels: np.ndarray, path: str, *, name: str, raw: bool = False) -> Message:
+    """Return an image uint8 (C, H, W) as a form with one file in the field ``name``: a PNG, or its pixels ``raw``."""
     boundary = "----------------portcullis"
-    disposition = f'Content-Disposition: form-data; name="{name}"; filename="image.png"'
-    head = f"--{boundary}\r\n{disposition}\r\nContent-Type: image/png\r\n\r\n"
-    content = head.encode() + png(pixels) + f"\r\n--{boundary}--\r\n".encode()
+    disposition = f'Content-Disposition: form-data; name="{name}"; filename="image"'
+    file = raw_message(pixels, path) if raw else png_message(pixels, path)
+    head = f"--{boundary}\r\n{disposition}\r\n{': '.join(file.headers[0])}\r\n\r\n"
+    content = head.encode() + file.content + f"\r\n--{boundary}--\r\n".encode()
     return Message(path, (("Content-Type", f"multipart/form-data; boundary={boundary}"),), content)
 
 

@@ -4,6 +4,7 @@ import asyncio
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ from loadtest.drivers import FAILURES, closed_loop, drive
 from loadtest.serving import Running, ServerEnded, ServerNotReady
 
 WARM_UP_REQUESTS = 200
+WARM_UP_SECONDS = 1.0
+"""The warm-up ends with whichever is first."""
+
 END_SECONDS = 1.0
 """How long a server that has failed is given to end: its connections break before its process is gone."""
 
@@ -22,48 +26,49 @@ Told = Callable[[str], None]
 
 
 def race(
-    contenders: Sequence[Contender],
+    loads: Mapping[Contender, Sequence[int]],
     images: np.ndarray,
     *,
-    concurrencies: Sequence[int],
     seconds: float,
     rounds: int,
     told: Told,
+    called: str = "round",
 ) -> dict[str, Any]:
-    """Measure each contender at each concurrency for so long in every round, and return all that was measured.
+    """Measure each contender at each of its concurrencies for so long in every round, and return all that was measured.
 
-    Each round begins with another contender. Returns ``runs``, one row each, and ``failures``, the round and the reason
-    by contender for those that failed, or by process for those that did not start; who failed is not tried again, and
-    costs the others nothing.
+    Each round begins with another contender. Returns ``runs``, one row each; ``failures``, the round and the reason by
+    contender for those that failed, or by process for those that did not start; and ``overheads``, the seconds by
+    process that starting, warming up and ending took beside the loads. Who failed is not tried again, and costs the
+    others nothing. ``called`` is what a round is called.
     """
     groups: dict[str, list[Contender]] = defaultdict(list)
-    for contender in contenders:
-        groups[_process(contender)].append(contender)
+    for contender in loads:
+        groups[contender.started].append(contender)
     runs: list[dict[str, Any]] = []
     failures: dict[str, str] = {}
+    overheads: dict[str, list[float]] = defaultdict(list)
     for number in range(rounds):
 
         def failed(name: str, error: Exception, number: int = number) -> None:
-            failures[name] = f"In round {number + 1} of {rounds}: {error}"
+            failures[name] = f"In {called} {number + 1} of {rounds}: {error}"
             told(f"{name}: {failures[name]}")
 
         order = list(groups.items())
         first = number * len(order) // rounds
         for process, group in order[first:] + order[:first]:
-            left = deque(contender for contender in group if _name(contender) not in failures)
+            left = deque(contender for contender in group if contender.name not in failures)
             if process in failures or not left:
                 continue
-            told(f"round {number + 1} of {rounds}: {process}")
-            runs += [{"round": number, **row} for row in _measured(left, images, concurrencies, seconds, failed)]
-    return {"runs": runs, "failures": failures}
-
-
-def _process(contender: Contender) -> str:
-    return f"{contender.server}, {contender.process}"
-
-
-def _name(contender: Contender) -> str:
-    return f"{contender.server}, {contender.setting}"
+            told(f"{called} {number + 1} of {rounds}: {process}")
+            begun = perf_counter()
+            rows = [{"round": number, **row} for row in _measured(left, images, loads, seconds, failed)]
+            overheads[process].append(perf_counter() - begun - sum(row["seconds"] for row in rows))
+            runs += rows
+    return {
+        "runs": runs,
+        "failures": failures,
+        "overheads": {process: median(values) for process, values in overheads.items()},
+    }
 
 
 class NoAnswer(RuntimeError):
@@ -78,21 +83,21 @@ class NoAnswer(RuntimeError):
 def _measured(
     left: deque[Contender],
     images: np.ndarray,
-    concurrencies: Sequence[int],
+    loads: Mapping[Contender, Sequence[int]],
     seconds: float,
     failed: Callable[[str, Exception], None],
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of contenders that share a process, which is started anew for the others where one ends it."""
     while left:
-        process = _process(left[0])
+        process = left[0].started
         try:
             with left[0].open() as server:
                 while left:
                     contender = left.popleft()
                     try:
-                        yield from _rows(contender, server, images, concurrencies, seconds)
+                        yield from _rows(contender, server, images, loads[contender], seconds)
                     except (NoAnswer, ServerEnded) as error:
-                        failed(_name(contender), error)
+                        failed(contender.name, error)
                         if server.ends_within(END_SECONDS):
                             break
         except ServerNotReady as error:
@@ -106,11 +111,12 @@ def _rows(
     address = Address.of(server.url)
     messages = [contender.message(image) for image in images]
     _check(contender, address, messages[0])
-    drive(closed_loop(address, messages, concurrency=16, requests=WARM_UP_REQUESTS))
+    drive(closed_loop(address, messages, concurrency=16, seconds=WARM_UP_SECONDS, requests=WARM_UP_REQUESTS))
     for concurrency in concurrencies:
         yield {
             "server": contender.server,
             "setting": contender.setting,
+            "raw": contender.raw,
             "concurrency": concurrency,
             **_under_load(server, address, messages, concurrency, seconds),
         }
@@ -147,57 +153,3 @@ def _check(contender: Contender, address: Address, message: Message) -> None:
         asyncio.run(ask())
     except FAILURES as error:
         raise NoAnswer(contender.setting, 0, str(error) or type(error).__name__) from error
-
-
-def best_settings(runs: Sequence[Mapping[str, Any]], rounds: int) -> list[dict[str, Any]]:
-    """Return for each server and concurrency its setting with the highest median rate.
-
-    Only settings without an error count, that were measured in every round. Each row holds the medians over the rounds
-    of the rate and the latencies, and the rates of the rounds.
-    """
-    groups: dict[tuple[str, int, str], list[Mapping[str, Any]]] = defaultdict(list)
-    for run in runs:
-        groups[run["server"], run["concurrency"], run["setting"]].append(run)
-    best: dict[tuple[str, int], dict[str, Any]] = {}
-    for (server, concurrency, setting), rows in groups.items():
-        if len(rows) < rounds or any(set(row["statuses"]) != {"200"} or row["failures"] for row in rows):
-            continue
-        row = {
-            "server": server,
-            "concurrency": concurrency,
-            "setting": setting,
-            "per_second": median(row["per_second"] for row in rows),
-            "rounds": [row["per_second"] for row in rows],
-            **{name: median(row["milliseconds"][name] for row in rows) for name in ("p50", "p90", "p99", "max")},
-            "server_cpu_milliseconds": median(row["server_cpu_milliseconds"] for row in rows),
-        }
-        if row["per_second"] > best.get((server, concurrency), {"per_second": 0})["per_second"]:
-            best[server, concurrency] = row
-    return list(best.values())
-
-
-def ratios(best: Sequence[Mapping[str, Any]], own: Sequence[str]) -> list[dict[str, Any]]:
-    """Return for each own server and each other one, by concurrency, the ratio of their best rates.
-
-    ``least`` and ``most`` are the ratios of single rounds. ``lower_p99`` says whether the own server's is lower.
-    """
-    table = {(row["server"], row["concurrency"]): row for row in best}
-    compared = []
-    for (server, concurrency), row in table.items():
-        for (other, at), rival in table.items():
-            if server not in own or other in own or at != concurrency:
-                continue
-            by_round = [mine / theirs for mine, theirs in zip(row["rounds"], rival["rounds"], strict=True)]
-            compared.append(
-                {
-                    "server": server,
-                    "against": other,
-                    "concurrency": concurrency,
-                    "ratio": row["per_second"] / rival["per_second"],
-                    "least": min(by_round),
-                    "most": max(by_round),
-                    "p99_ratio": row["p99"] / rival["p99"],
-                    "lower_p99": row["p99"] < rival["p99"],
-                }
-            )
-    return compared

@@ -3,14 +3,14 @@
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from loadtest.contenders import CORES, Contender, counted
 from loadtest.environments import Environment
-from loadtest.messages import base64_message, form_message, png_message
+from loadtest.messages import base64_message, form_message, png_message, raw_message
 from loadtest.serving import Running, free_port, running
 
 PEERS = Path(__file__).parent / "peers"
@@ -31,20 +31,38 @@ REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
 WORKERS = ((1, 1), (1, CORES), (CORES, 1))
 """How many processes compute, and the threads of each: never more in all than cores."""
 
+API_SERVERS = {1: (1,), CORES: (CORES, 1)}
+"""How many of LitServe's processes speak HTTP by how many compute: its own choice, as many, and one for all."""
+
 
 @dataclass(frozen=True)
 class Computing:
-    """How a server computes: the graph, the largest batch, the processes and the threads of each."""
+    """How a server computes: the graph, the largest batch, the processes and the threads of each.
+
+    ``wait`` is how many seconds a batch is waited for; a largest batch of 1 is none.
+    """
 
     graph: Path
     batch: int
     workers: int
     threads: int
+    wait: float = WAIT_SECONDS
 
     @property
     def told(self) -> str:
         """The workers and their threads."""
         return f"{counted(self.workers, 'worker')} of {counted(self.threads, 'thread')}"
+
+    @property
+    def gathering(self) -> str:
+        """How batches are made."""
+        if self.batch == 1:
+            return "no batches"
+        return f"batches within {1000 * self.wait:g} ms" if self.wait else "batches of what waits"
+
+    def gatherings(self) -> tuple["Computing", ...]:
+        """Return the same with batches waited for, with batches of what waits already, and without batches."""
+        return self, replace(self, wait=0.0), replace(self, batch=1)
 
     def environment(self) -> dict[str, str]:
         """Return what the files of ``loadtest.peers`` read."""
@@ -53,7 +71,7 @@ class Computing:
             "BENCH_BATCH": str(self.batch),
             "BENCH_WORKERS": str(self.workers),
             "BENCH_THREADS": str(self.threads),
-            "BENCH_WAIT_SECONDS": str(WAIT_SECONDS),
+            "BENCH_WAIT_SECONDS": str(self.wait),
         }
 
 
@@ -100,17 +118,15 @@ def opened(
 
 def _litserve(environment: Environment, computing: Computing) -> list[Contender]:
     command = [environment.program("python"), str(PEERS / "litserve_server.py")]
-    queues = {"ZeroMQ": "1", "plain": "0"}
-    return [
-        Contender(
-            "LitServe",
-            f"{computing.told}, {queue} queue",
-            "PNG",
-            partial(png_message, path="/predict"),
-            partial(opened, environment, computing, lambda port: command, "/health", fast_queue=fast),
-        )
-        for queue, fast in queues.items()
-    ]
+    contenders = []
+    for queue, fast in {"ZeroMQ": "1", "plain": "0"}.items():
+        for one in computing.gatherings():
+            for count in API_SERVERS[computing.workers]:
+                process = f"{one.told}, {one.gathering}, {queue} queue, {counted(count, 'API server')}"
+                settings = {"fast_queue": fast, "api_servers": str(count)}
+                open_ = partial(opened, environment, one, lambda port: command, "/health", **settings)
+                contenders += _either("LitServe", process, "/predict", open_)
+    return contenders
 
 
 def _mlserver(environment: Environment, computing: Computing) -> list[Contender]:
@@ -124,9 +140,11 @@ def _mlserver(environment: Environment, computing: Computing) -> list[Contender]
         files=partial(_mlserver_files, computing),
     )
     protocol = partial(base64_message, path=f"/v2/models/{MODEL}/infer")
+    raw = partial(raw_message, path="/classify_raw")
     return [
         Contender("MLServer", computing.told, "PNG, no batches", partial(png_message, path="/classify"), open_),
-        Contender("MLServer", computing.told, "Base64 in JSON, batches", protocol, open_),
+        Contender("MLServer", computing.told, "PNG as Base64 in JSON, batches", protocol, open_),
+        Contender("MLServer", computing.told, "raw pixels, no batches", raw, open_, raw=True),
     ]
 
 
@@ -156,18 +174,35 @@ def _bentoml(environment: Environment, computing: Computing) -> list[Contender]:
         return [*serve, "--host", "127.0.0.1", "--port", str(port)]
 
     open_ = partial(opened, environment, computing, command, "/readyz")
-    form = partial(form_message, path="/gathered", name="images")
+    bodies = {
+        "PNG, no batches": partial(png_message, path="/png"),
+        "PNG in a form, batches": partial(form_message, path="/gathered_png", name="images"),
+        "raw pixels, no batches": partial(raw_message, path="/raw"),
+        "raw pixels in a form, batches": partial(form_message, path="/gathered_raw", name="images", raw=True),
+    }
     return [
-        Contender("BentoML", computing.told, "PNG, no batches", partial(png_message, path="/raw"), open_),
-        Contender("BentoML", computing.told, "PNG in a form, batches", form, open_),
+        Contender("BentoML", computing.told, body, message, open_, raw=body.startswith("raw"))
+        for body, message in bodies.items()
     ]
 
 
 def _ray(environment: Environment, computing: Computing) -> list[Contender]:
     command = [environment.program("python"), str(PEERS / "ray_app.py")]
-    message = partial(png_message, path="/classify")
-    open_ = partial(opened, environment, computing, lambda port: command, "/-/healthz")
-    return [Contender("Ray Serve", computing.told, "PNG", message, open_)]
+    contenders = []
+    for one in computing.gatherings():
+        open_ = partial(opened, environment, one, lambda port: command, "/-/healthz")
+        contenders += _either("Ray Serve", f"{one.told}, {one.gathering}", "/classify", open_)
+    return contenders
+
+
+def _either(
+    server: str, process: str, path: str, open_: Callable[[], AbstractContextManager[Running]]
+) -> list[Contender]:
+    """Return a server that tells PNG from raw pixels by the type of the content, asked by both."""
+    return [
+        Contender(server, process, "PNG", partial(png_message, path=path), open_),
+        Contender(server, process, "raw pixels", partial(raw_message, path=path), open_, raw=True),
+    ]
 
 
 SETTINGS: Mapping[str, Callable[[Environment, Computing], list[Contender]]] = {

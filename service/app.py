@@ -24,7 +24,7 @@ from service.alerts import (
     Vault,
 )
 from service.batching import BatcherClosed, QueueFull
-from service.body_limit import BodyLimit, BodyTooLarge
+from service.body_limit import BodiesFull, BodyBudget, BodyLimit, BodyTooLarge
 from service.deadlines import RequestTimedOut
 from service.decoding import DecodeQueueFull, Decoder
 from service.departures import Departures
@@ -61,6 +61,7 @@ STATUS: Mapping[type[Exception], int] = {
     TimeoutMalformed: 400,
     QueueFull: 429,
     DecodeQueueFull: 429,
+    BodiesFull: 429,
     AlertQueueFull: 429,
     AlertLogUnavailable: 503,
     AlertWriterStopped: 503,
@@ -94,7 +95,8 @@ def create_app(settings: Settings) -> DirectApp:
         repository = Repository(settings, metrics)
         departures = Departures()
         decoder = Decoder(os.cpu_count() or 1, settings.queue_decodes)
-        app.state.gateway = Gateway(settings, metrics, repository, log, vault, writer, decoder, departures)
+        bodies = BodyBudget(settings.queue_bytes)
+        app.state.gateway = Gateway(settings, metrics, repository, log, vault, writer, decoder, departures, bodies)
         watching = asyncio.create_task(departures.watch(), name="look after clients that leave")
         await writer.start()
         loading = asyncio.create_task(repository.load(), name="load the models")
@@ -102,6 +104,8 @@ def create_app(settings: Settings) -> DirectApp:
         try:
             yield
         finally:
+            # The version that is being loaded is loaded to its end, in its thread, but not waited for.
+            loading.cancel()
             await asyncio.gather(loading, return_exceptions=True)
             await repository.stop()
             decoder.close()

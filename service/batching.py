@@ -58,7 +58,8 @@ class Batcher(Generic[A]):
     A batch is whatever waits when the model becomes free, at most ``max_batch`` images of whole requests; a larger
     request is split by ``submit``. A lone request never waits for company: a batch that is not full waits, at most
     ``longest_wait`` seconds from its oldest image's arrival, only while other requests are being decoded (``coming``).
-    When a batch fails, each of its requests is computed alone, so that nobody gets an error for a neighbour's input.
+    When a batch fails, each of its requests is computed alone, so that nobody gets an error for a neighbour's input;
+    what fails alone is answered by ``instead``, in the same thread, where that is given and does not fail as well.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Batcher(Generic[A]):
         model: str,
         predict: Callable[[np.ndarray], A],
         *,
+        instead: Callable[[np.ndarray, Exception], A] | None = None,
         max_batch: int,
         capacity: int,
         longest_wait: float,
@@ -76,6 +78,7 @@ class Batcher(Generic[A]):
         self.capacity = capacity
         self.longest_wait = longest_wait
         self._predict = predict
+        self._instead = instead
         self._waiting: deque[_Waiting[A]] = deque()
         self._depth = 0
         self._coming = 0
@@ -116,7 +119,7 @@ class Batcher(Generic[A]):
 
         Raises ``QueueFull`` when the images do not fit behind those that wait already (an idle model takes a request
         of any size), ``BatcherClosed`` after ``stop``, ``TimeoutError`` for what still waits when the model gets to it
-        after ``deadline``, a time of ``time.monotonic``, and what the model raises on these images.
+        after ``deadline``, a time of ``time.monotonic``, and what the model, then ``instead``, raises on these images.
         """
         self.check_room(len(images))
         request, new_answer = _Request(deadline), asyncio.get_running_loop().create_future
@@ -222,8 +225,18 @@ class Batcher(Generic[A]):
                     if not piece.answer.done():
                         self._answer([piece])
                 return
-            batch[0].request.error = outcome = error
+            outcome = self._given_instead(batch[0], error)
         self._settle(batch, outcome, start)
+
+    def _given_instead(self, piece: _Waiting[A], error: Exception) -> A | Exception:
+        """Return what is answered where a piece failed alone; an error is that of its whole request."""
+        if self._instead is not None:
+            try:
+                return self._instead(piece.images, error)
+            except Exception as final:
+                error = final
+        piece.request.error = error
+        return error
 
     def _settle(self, batch: Sequence[_Waiting[A]], outcome: A | Exception, start: float) -> None:
         """Hand what became of a batch, begun at ``start``, from the thread to the event loop."""

@@ -1,4 +1,6 @@
-"""A limit on request bodies, whether they declare their length or not."""
+"""Limits on request bodies, one by one and all together, whether they declare their length or not."""
+
+from typing import Self
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
@@ -13,14 +15,72 @@ class BodyTooLarge(ValueError):
         super().__init__(f"Expected a body of at most {limit} bytes, got {came} or more.")
 
 
-async def read_body(request: Request, most: int) -> bytes:
-    """Return a request's body, in a fraction of the time that ``request.body`` takes.
+class BodiesFull(RuntimeError):
+    """The bodies of the requests that are being answered take as many bytes as they may."""
 
-    Raises ``BodyTooLarge`` beyond ``most`` bytes, before they are held, and ``ClientDisconnect``.
+    def __init__(self, held: int, came: int, capacity: int) -> None:
+        super().__init__(
+            f"{held} bytes of request bodies are held already, {came} more came, and at most {capacity} may be; "
+            "try again."
+        )
+
+
+class BodyBudget:
+    """Bound the bytes of all bodies that are held at once by ``capacity``; a body that is alone may be of any size.
+
+    ``held`` counts what has come, not what was declared: a client that sends nothing keeps nobody out.
+    """
+
+    __slots__ = ("capacity", "held")
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.held = 0
+
+    def room(self) -> "BodyRoom":
+        """Return the block in which one request's body is held."""
+        return BodyRoom(self)
+
+
+class BodyRoom:
+    """The bytes that one request's body takes of a budget, given back at the end of the block."""
+
+    __slots__ = ("_budget", "_taken")
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self._budget = budget
+        self._taken = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._budget.held -= self._taken
+
+    def check(self, size: int) -> None:
+        """Raise ``BodiesFull`` where so many bytes would not be taken now."""
+        held, capacity = self._budget.held, self._budget.capacity
+        if held + size > capacity and held > self._taken:
+            raise BodiesFull(held, size, capacity)
+
+    def take(self, size: int) -> None:
+        """Take so many bytes more; raises ``BodiesFull``."""
+        self.check(size)
+        self._budget.held += size
+        self._taken += size
+
+
+async def read_body(request: Request, most: int, room: BodyRoom) -> bytes:
+    """Return a request's body, in a fraction of the time that ``request.body`` takes, and hold it in ``room``.
+
+    Raises ``BodyTooLarge`` beyond ``most`` bytes and ``BodiesFull``, of a declared length before anything is read, else
+    before it is held, and ``ClientDisconnect``.
     """
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > most:
-        raise BodyTooLarge(most, int(declared))
+    if declared.isdecimal():
+        if int(declared) > most:
+            raise BodyTooLarge(most, int(declared))
+        room.check(int(declared))
     parts, read, more = [], 0, True
     while more:
         message = await request.receive()
@@ -30,6 +90,7 @@ async def read_body(request: Request, most: int) -> bytes:
         read += len(part)
         if read > most:
             raise BodyTooLarge(most, read)
+        room.take(len(part))
         parts.append(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
 

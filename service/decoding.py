@@ -1,7 +1,6 @@
 """What is decoded where: small images and messages at once, the others in threads, behind a bounded queue."""
 
 import asyncio
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -42,33 +41,34 @@ class Decoder:
     """Decode in ``threads`` threads, with at most ``capacity`` requests waiting for one of them."""
 
     def __init__(self, threads: int, capacity: int) -> None:
-        self._threads = threads
         self._capacity = capacity
-        self._unfinished = 0
-        self._counting = threading.Lock()
+        self._waiting = 0
+        self._closed = False
+        self._free = asyncio.Semaphore(threads)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decoder")
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function in a thread; raises ``DecodeQueueFull``, and what the function raises.
 
-        A caller that is cancelled takes its call out of the queue.
+        A caller that is cancelled takes its call out of the queue, and what it was to be called with.
         """
-        waiting = self._unfinished - self._threads
-        if waiting >= self._capacity:
-            raise DecodeQueueFull(waiting, self._capacity)
-        self._count(1)
-        call = self._pool.submit(function, *args, **kwargs)
+        if self._free.locked() and self._waiting >= self._capacity:
+            raise DecodeQueueFull(self._waiting, self._capacity)
+        self._waiting += 1
+        try:
+            # The pool's own queue keeps a cancelled call until its turn: it is handed what a thread is free for.
+            await self._free.acquire()
+        finally:
+            self._waiting -= 1
+        call, loop = self._pool.submit(function, *args, **kwargs), asyncio.get_running_loop()
         # Not when the caller is done: a call that was begun goes on without one, and its thread is not free.
-        call.add_done_callback(lambda _: self._count(-1))
+        call.add_done_callback(lambda _: None if self._closed else loop.call_soon_threadsafe(self._free.release))
         return await asyncio.wrap_future(call)
 
     def close(self) -> None:
         """Take no more calls."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def _count(self, calls: int) -> None:
-        with self._counting:
-            self._unfinished += calls
+        self._closed = True
+        self._pool.shutdown(wait=False)
 
 
 async def decode_uploads(

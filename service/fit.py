@@ -19,8 +19,9 @@ from defenses.splits import LabelledImages, Splits
 from defenses.stages import Stages
 from model_store import Draft, Fetched, Manifest, Parent, Store, StoreError
 from service.datasets import Dataset
-from service.fit_draft import FIT
+from service.fit_draft import FIT, findings_of
 from service.fit_job import FITS, FORMAT, FitJob, FitJobs
+from service.fit_splits import check_splits
 from service.libraries import library_versions
 from service.repository import MODELS
 from service.resources import FitSize, check_disk, check_memory, memory_available
@@ -107,19 +108,21 @@ def fit_and_publish(
 
     ``root`` is the store's folder. Nothing is published unless every step succeeds. Every finished stage is kept in
     the store's folder ``fits``. A fit that was killed or failed resumes there when the same is asked for again, and
-    publishes nothing twice; ``fresh`` begins anew. ``notice`` is called with a sentence when a fit resumes.
+    publishes nothing twice; ``fresh`` begins anew. ``notice`` is called with a sentence when a fit resumes, and for
+    each thing that was found out in it that its user should know, such as an empty template.
 
-    Raises what the method raises, ``FitRunning`` where another process is at the same fit, ``MemoryTooSmall`` and
-    ``DiskTooSmall`` before anything is computed, ``PurifierNotExportable``, ``StageNotKept``, ``ExportBroken``, and
-    the store's errors.
+    Raises what the method raises, ``FitRunning`` where another process is at the same fit, ``MemoryTooSmall``,
+    ``DiskTooSmall`` and, for a classifier that was trained on images that are to be new to it, ``OtherSplits`` before
+    anything is computed, ``PurifierNotExportable``, ``StageNotKept``, ``ExportBroken``, and the store's errors.
     """
     jobs = FitJobs(root / FITS)
     name = f"{subject.name}@{subject.fetched.manifest.version}"
+    check_splits(name, subject.fetched.manifest.data, subject.dataset)
     identity = _identity(subject, method, device)
     with jobs.open(identity, model=name, dataset=subject.dataset.name, command=command, fresh=fresh) as job:
         if published := published_by(root / MODELS, subject.name, job):
             notice(f"This fit was finished before: it is published as {published.name}@{published.version}.")
-            return published
+            return _with_findings_told(published, notice)
         if resumed := job.told():
             notice(resumed)
         structure = method.structure()
@@ -129,7 +132,13 @@ def fit_and_publish(
             grey = torch.full((2, *subject.classifier.image_shape), 0.5)
             check_export(export_protected(structure), structure, grey)
         fitted = method.fit(splits_of(subject.dataset), job.stages, device, progress)
-        return _publish(root, subject, method, fitted, job, progress, command)
+        return _with_findings_told(_publish(root, subject, method, fitted, job, progress, command), notice)
+
+
+def _with_findings_told(manifest: Manifest, notice: Callable[[str], None]) -> Manifest:
+    for finding in findings_of(manifest):
+        notice(finding)
+    return manifest
 
 
 def find_classifier(store: Store, name: str, ref: int | str | None) -> Fetched:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from math import ceil
 from typing import Any
 
 from defenses.attacks import AdversarialExamples
@@ -75,6 +76,7 @@ def response_draft(
         "configuration": pushing.config.as_json(),
         "response": fitted.response.as_json(),
         "substitute": fitted.substitute,
+        "findings": loss_findings(fitted.response.images, plan.accuracy_loss),
         "seconds": dict(fitted.seconds),
     }
     return Draft(
@@ -106,6 +108,7 @@ def gated_draft(
         "configuration": corrector.config.as_json(),
         "gate": fitted.gate.as_json(),
         "inspector": inspector,
+        "findings": loss_findings(fitted.gate.images, plan.accuracy_loss),
         "seconds": dict(fitted.seconds),
     }
     return Draft(
@@ -174,6 +177,19 @@ def nip_findings(fitted: FittedNip) -> list[str]:
             "allowed: smaller --amplitudes cost less."
         )
     return told
+
+
+def loss_findings(images: int, accuracy_loss: float) -> list[str]:
+    """Return a sentence where so many calibration images are too few to keep a share of clean accuracy by; else none.
+
+    Of an event that is never seen in n images the 95 % bound is 3 / n (the rule of three).
+    """
+    if not accuracy_loss or images * accuracy_loss >= 3:
+        return []
+    return [
+        f"A loss of at most {100 * accuracy_loss:g} points was kept on {images} calibration images, too few to promise "
+        f"it for new ones: expected {ceil(round(3 / accuracy_loss, 6))} or more, or a larger --accuracy-loss."
+    ]
 
 
 def findings_of(manifest: Manifest) -> list[str]:

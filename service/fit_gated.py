@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 import torch
 
-from defenses.attacks import attack
+from defenses.attacks import attack_to_fit
 from defenses.calibration import check_budget
 from defenses.evaluation import Progress
 from defenses.footprint import saved_bytes, weight_bytes
@@ -35,6 +35,7 @@ from service.fit import Subject, fit_and_publish
 from service.fit_draft import gated_draft
 from service.fit_job import FitJob
 from service.fit_size import MeasuredSize
+from service.fit_splits import OtherSplits
 from service.hardware import DeviceName, find_device
 from service.p_values import CALIBRATION, write_scores
 from service.repository import MODELS
@@ -48,16 +49,6 @@ class OtherClassifier(ValueError):
 
     def __init__(self, reference: str, fitted: str, wanted: str) -> None:
         super().__init__(f"Expected an Inspector that was fitted for {wanted}, but {reference} was for {fitted}.")
-
-
-class OtherSplits(ValueError):
-    """An Inspector was fitted on the same images, but these were split in another way."""
-
-    def __init__(self, reference: str, fitted: int, found: int) -> None:
-        super().__init__(
-            f"{reference} was fitted on these images as --seed {fitted} splits them, and may know those that are to be "
-            f"new to it as --seed {found} does: expected --seed {fitted}."
-        )
 
 
 def publish_gated(
@@ -78,15 +69,15 @@ def publish_gated(
     ``inspector``, as NAME@VERSION, is a version of kind coophance for the same classifier, whose Regulator and
     Inspector are used, fitted on the same splits where on the same images. Where the plan names no layer it is the one
     that the classifier was registered with. Before anything is computed raises what ``fit_and_publish``,
-    ``defenses.nip.fit_gated`` and ``load_defended`` raise, ``NameInvalid`` for a reference without a number,
-    ``OtherClassifier``, ``OtherSplits``, ``InspectorMissing``, ``HeadUnsuitable``, ``GradientUnsupported``,
-    ``ExportBroken`` and ``DeviceMissing``.
+    ``defenses.nip.fit_gated`` and ``load_defended`` raise, ``AttackUnsuitable``, ``NameInvalid`` for a reference
+    without a number, ``OtherClassifier``, ``OtherSplits``, ``InspectorMissing``, ``HeadUnsuitable``,
+    ``GradientUnsupported``, ``ExportBroken`` and ``DeviceMissing``.
     """
     subject = Subject.open(classifier, dataset)
     plan = replace(plan, layer=plan.layer or classifier.manifest.layers.get("head"))
     place = find_device(device)
     for text in plan.attacks:
-        attack(text)
+        attack_to_fit(text)
     check_budget(len(dataset.calibration.targets), plan.budget)
     fetched, inspected = _inspected(Store.open(root / MODELS), inspector)
     parent, own = fetched.manifest.parent, classifier.manifest

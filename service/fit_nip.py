@@ -28,7 +28,7 @@ from defenses.stages import Stages
 from model_store import Draft, Fetched, Manifest
 from service.datasets import Dataset
 from service.fit import Subject, fit_and_publish
-from service.fit_draft import findings_of, nip_draft
+from service.fit_draft import nip_draft
 from service.fit_job import FitJob
 from service.fit_size import NipSize
 from service.hardware import DeviceName, find_device
@@ -50,8 +50,7 @@ def publish_nip(
 ) -> Manifest:
     """Fit NIP for a classifier and publish it as the next version of its name (see ``fit_and_publish``).
 
-    Where the plan names no layer it is the one that the classifier was registered with. ``notice`` is also called with
-    what was found out in the fit that its user should know, such as an empty template. Raises what
+    Where the plan names no layer it is the one that the classifier was registered with. Raises what
     ``fit_and_publish`` and ``defenses.nip.fit_nip`` raise, ``HeadUnsuitable`` before anything is computed, and
     ``DeviceMissing``.
     """
@@ -61,12 +60,9 @@ def publish_nip(
     for text in plan.attacks:
         attack(text)
     method = _Nip(subject, plan, _planned(subject, plan))
-    manifest = fit_and_publish(
+    return fit_and_publish(
         root, subject, method, device=place, fresh=fresh, progress=progress, notice=notice, command=command
     )
-    for finding in findings_of(manifest):
-        notice(finding)
-    return manifest
 
 
 def _planned(subject: Subject, plan: NipPlan) -> InversePerturbationConfig:

@@ -3,7 +3,8 @@
 import asyncio
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Self
@@ -12,6 +13,7 @@ import numpy as np
 from starlette.types import Receive
 
 from service.alerts import Alert, AlertLog, AlertWriter, PendingAlert, Vault, new_alert_id
+from service.body_limit import BodyBudget
 from service.deadlines import TimedRequest
 from service.decoding import Decoder
 from service.departures import Departures
@@ -66,10 +68,20 @@ class Gateway:
     writer: AlertWriter
     decoder: Decoder
     departures: Departures
+    bodies: BodyBudget
 
     def request(self, model: ServedModel) -> TimedRequest:
         """Time, count and bound one inference request."""
         return TimedRequest(model.metrics, self.settings.request_seconds)
+
+    @contextmanager
+    def decoding(self, model: ServedModel, caller: Caller) -> Iterator[None]:
+        """Let a request be decoded in a thread within the block: company that a batch of the model may wait for.
+
+        Raises ``ClientDisconnect`` in the block when the client goes.
+        """
+        with model.coming(), self.departures.stay(caller.receive):
+            yield
 
     async def predict(
         self, model: ServedModel, images: np.ndarray, received: Sequence[Received], caller: Caller, deadline: float

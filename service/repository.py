@@ -101,6 +101,10 @@ class Repository:
             raise ModelUnavailable(name, "the models are still being loaded.")
         raise ModelNotFound(name, version, sorted(self._served))
 
+    def is_default(self, served: ServedModel) -> bool:
+        """Say whether a version in service is what ``get`` returns of its model when none is named."""
+        return self._defaults.get(served.name) == str(served.version)
+
     def versions(self, name: str) -> list[str]:
         """Return the versions of a model that are in service."""
         return sorted(self._served.get(name, {}), key=int)

@@ -39,15 +39,17 @@ class DefenseFailed(RuntimeError):
 class Judged:
     """The decision on some rows of a batch; none where a row of the batch failed, and each request needs its own.
 
-    ``answers`` are those to the whole batch.
+    ``answers`` are those to the whole batch. On the rows of ``failed``, (N,) bool, the defense failed, and the answer
+    is the bare classifier's where that is to be given.
     """
 
     answers: Answers
+    failed: np.ndarray
     decision: Decision | None
     rows: slice
 
     def __getitem__(self, rows: slice) -> "Judged":
-        return Judged(self.answers, None if self.decision is None else self.decision[rows], rows)
+        return Judged(self.answers, self.failed, None if self.decision is None else self.decision[rows], rows)
 
 
 class ServedModel:
@@ -80,7 +82,6 @@ class ServedModel:
             if self.defended and (self.mode == "shadow" or settings.on_defense_error == "open")
             else None
         )
-        self._bare_turn = asyncio.Semaphore()
         if "alert" in wanted and fetched.manifest.threshold is None:
             raise GraphUnloadable(path, "it raises alerts, but its manifest holds no threshold.")
         self.outputs = frozenset([*wanted, "p_value"] if held and "score" in wanted else wanted)
@@ -88,6 +89,7 @@ class ServedModel:
         self._batcher = Batcher(
             self.name,
             self._judge,
+            instead=self._judge_bare,
             max_batch=settings.max_batch,
             capacity=settings.queue_images,
             longest_wait=settings.batch_wait_seconds,
@@ -96,8 +98,8 @@ class ServedModel:
         self._info = (self.name, str(self.version), self.manifest.kind, self.mode, self.digest)
 
     def _opened(self, source: Source, outputs: list[str]) -> Engine:
-        """Open the version, and what corrects alerted images where it holds that."""
-        if CORRECTION not in self.manifest.files:
+        """Open the version, and what corrects alerted images where it holds that and a client is told their answer."""
+        if CORRECTION not in self.manifest.files or self.mode != "flag":
             return source.open(tuple(outputs))
         engine = CorrectingEngine(source, outputs, failed=self.metrics.defense_errors.inc)
         engine.try_out(self.manifest.input.shape, len(self.manifest.labels))
@@ -145,23 +147,39 @@ class ServedModel:
             pieces = await self._batcher.submit(images, deadline)
         except (QueueFull, BatcherClosed, TimeoutError, asyncio.CancelledError):
             raise
-        except Exception:
+        except Exception as error:
+            self.metrics.defense_errors.inc(len(images))
             logger.exception("The defense of %s@%d raised an error.", self.name, self.version)
-            return self._decision(*await self._instead(images, None, np.ones(len(images), bool)))
+            raise DefenseFailed(self.name, len(images)) from error
         if len(pieces) == 1 and pieces[0].decision is not None:
             return pieces[0].decision
         answers = _joined([piece.answers[piece.rows] for piece in pieces])
-        failed = failed_rows(answers)
+        failed = np.concatenate([piece.failed[piece.rows] for piece in pieces])
         if failed.any():
-            logger.error("%s@%d gave values that are not finite.", self.name, self.version)
-            return self._decision(*await self._instead(images, answers, failed))
+            self.metrics.defense_errors.inc(int(failed.sum()))
+            if self._bare is None or not np.isfinite(answers.logits[failed]).all():
+                raise DefenseFailed(self.name, int(failed.sum()))
         return self._decision(answers, failed)
 
     def _judge(self, images: np.ndarray) -> Judged:
         """Answer a whole batch and decide on it at once, which costs little more than for one image."""
         answers = self._engine.predict(images)
         failed = failed_rows(answers)
-        return Judged(answers, None if failed.any() else self._decision(answers, failed), slice(len(failed)))
+        if not failed.any():
+            return Judged(answers, failed, self._decision(answers, failed), slice(len(failed)))
+        logger.error("%s@%d gave values that are not finite.", self.name, self.version)
+        if self._bare is not None:
+            answers = _with_bare(answers, failed, self._bare.run(images[failed])["undefended_logits"])
+        return Judged(answers, failed, None, slice(len(failed)))
+
+    def _judge_bare(self, images: np.ndarray, error: Exception) -> Judged:
+        """Give the bare answer to images that the defense failed on, where it is to be given, else raise the error."""
+        if self._bare is None:
+            raise error
+        logger.error("The defense of %s@%d raised an error.", self.name, self.version, exc_info=error)
+        bare, failed = self._bare.run(images)["undefended_logits"], np.ones(len(images), bool)
+        answers = _with_bare(_zeros(self.outputs, images, bare.shape[1]), failed, bare)
+        return Judged(answers, failed, None, slice(len(failed)))
 
     def _decision(self, answers: Answers, bare: np.ndarray) -> Decision:
         """Decide on answers of which the rows of ``bare``, (N,) bool, are the bare classifier's."""
@@ -174,29 +192,34 @@ class ServedModel:
             undefended=bare if self.defended else np.ones(len(answers.logits), bool),
         )
 
-    async def _instead(
-        self, images: np.ndarray, answers: Answers | None, failed: np.ndarray
-    ) -> tuple[Answers, np.ndarray]:
-        """Give the bare answer on the failed rows, score and purified image zero, or fail closed."""
-        self.metrics.defense_errors.inc(int(failed.sum()))
-        if self._bare is None:
-            raise DefenseFailed(self.name, int(failed.sum()))
-        try:
-            # One at a time, as in the model's own thread: a defense that fails is no way past its queue.
-            async with self._bare_turn:
-                bare = (await asyncio.to_thread(self._bare.run, images))["undefended_logits"]
-        except Exception as error:  # the runtime's own exceptions share no narrower ancestor
-            raise DefenseFailed(self.name, int(failed.sum())) from error
-        if not np.isfinite(bare[failed]).all():
-            raise DefenseFailed(self.name, int(failed.sum()))
-        if answers is None:
-            scores = np.zeros(len(images), np.float32) if "score" in self.outputs else None
-            purified = np.zeros(images.shape, np.float32) if "purified" in self.outputs else None
-            return Answers(bare, scores, undefended_logits=bare, purified=purified), failed
-        logits = np.where(failed[:, None], bare, answers.logits)
-        scores = None if answers.scores is None else blank(answers.scores, failed)
-        purified = None if answers.purified is None else blank(answers.purified, failed)
-        return Answers(logits, scores, answers.alerts, bare, purified), failed
+
+def _zeros(outputs: frozenset[str], images: np.ndarray, classes: int) -> Answers:
+    """Return answers of zeros to images (N, C, H, W), with the outputs that a version computes."""
+    count, *shape = images.shape
+    zeros = {
+        "logits": np.zeros((count, classes), np.float32),
+        "score": np.zeros(count, np.float32),
+        "alert": np.zeros(count, bool),
+        "undefended_logits": np.zeros((count, classes), np.float32),
+        "purified": np.zeros((count, *shape), np.float32),
+    }
+    return Answers.of({name: values for name, values in zeros.items() if name in outputs})
+
+
+def _with_bare(answers: Answers, failed: np.ndarray, bare: np.ndarray) -> Answers:
+    """Return answers with the bare classifier's on the failed rows, (N,) bool: alert, score and purified image zero.
+
+    ``bare`` (M, K) are its logits on these rows.
+    """
+    logits = answers.logits.copy()
+    logits[failed] = bare
+    undefended = answers.undefended_logits
+    if undefended is not None:
+        undefended = undefended.copy()
+        undefended[failed] = bare
+    others = (answers.scores, answers.alerts, answers.purified)
+    scores, alerts, purified = (None if values is None else blank(values, failed) for values in others)
+    return Answers(logits, scores, alerts, undefended, purified)
 
 
 def _wanted(mode: str, settings: Settings) -> list[str]:

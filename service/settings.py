@@ -70,6 +70,9 @@ class Settings(BaseSettings):
     )
     queue_images: int = Field(1024, ge=1, description="The most images that wait for a model; then 429.")
     queue_decodes: int = Field(64, ge=1, description="The most requests that wait to be decoded; then 429.")
+    queue_bytes: int = Field(
+        512 * 2**20, ge=1, description="The most bytes of request bodies that are held at once; then 429."
+    )
     request_seconds: float = Field(30.0, gt=0, description="The longest that a request may take; then 504.")
     shutdown_seconds: int = Field(30, ge=1, description="How long a stop may take to finish what was accepted.")
 

@@ -137,6 +137,8 @@ def _attack_table(scenario: Scenario, form: Form, rows: Sequence[AttackResult]) 
     )
     over = "those that fool the bare classifier" if scenario == "A" else "all attempts"
     table.caption = f"Answered: with the true class. Resisted: that, or alerted. Over {over}. !: a check failed."
+    if any(row.unchecked for row in rows):
+        table.caption += " ?: unchecked, no check looked at it."
     for heading in ("attack", "defense"):
         table.add_column(heading, overflow="fold")
     for heading in ("fooling", "L2", "answered", "alerted", "resisted", "95 %", "AUC"):
@@ -151,7 +153,7 @@ def _attack_table(scenario: Scenario, form: Form, rows: Sequence[AttackResult]) 
         attack, before = row.attack, attack
         table.add_row(
             "" if attack == before else attack,
-            f"{row.defense}{' !' if row.untrusted else ''}",
+            f"{row.defense}{' !' if row.untrusted else ' ?' if row.unchecked else ''}",
             f"{row.fooling}/{row.attempted}",
             _decimal(row.distortion_l2, 2),
             *(_percent(rate.mean if rate else None) for rate in (row.corrected, row.alerted, row.resisted)),
@@ -162,8 +164,11 @@ def _attack_table(scenario: Scenario, form: Form, rows: Sequence[AttackResult]) 
 
 
 def _check_table(checks: Sequence[Check]) -> RenderableType:
-    failed = [check for check in checks if not check.passed]
-    title = f"sanity checks: {len(checks) - len(failed)} of {len(checks)} passed"
+    failed = [check for check in checks if check.passed is False]
+    missing = [check for check in checks if check.passed is None]
+    made = len(checks) - len(missing)
+    title = f"sanity checks: {made - len(failed)} of {made} passed"
+    title += f", {len(missing)} without anything to compare with" if missing else ""
     if not failed:
         return title
     table = _plain_table(title)

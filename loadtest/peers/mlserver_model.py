@@ -1,10 +1,10 @@
-"""MLServer with the bare classifier: images as raw PNG bodies, or as Base64 in its protocol, then in batches."""
+"""MLServer with the bare classifier: images as PNG or pixels alone, or as Base64 in its protocol, then in batches."""
 
 import base64
 from typing import Annotated
 
 import numpy as np
-from classifier import Classifier
+from classifier import RAW, Classifier
 from fastapi import Body
 from mlserver import MLModel
 from mlserver.codecs import NumpyCodec
@@ -22,7 +22,7 @@ class Bare(MLModel):
     async def predict(self, payload: InferenceRequest) -> InferenceResponse:
         encoded = payload.inputs[0].data.root
         probabilities = self.classifier.predict(
-            np.stack([self.classifier.decode(base64.b64decode(image)) for image in encoded])
+            np.stack([self.classifier.pixels(base64.b64decode(image), "image/png") for image in encoded])
         )
         classes = probabilities.argmax(1).reshape(-1, 1)
         return InferenceResponse(
@@ -35,4 +35,8 @@ class Bare(MLModel):
 
     @custom_handler(rest_path="/classify")
     async def classify(self, image: Annotated[bytes, Body(media_type="image/png")]) -> dict[str, object]:
-        return Classifier.told(self.classifier.predict(self.classifier.decode(image)[None])[0])
+        return Classifier.told(self.classifier.predict(self.classifier.pixels(image, "image/png")[None])[0])
+
+    @custom_handler(rest_path="/classify_raw")
+    async def classify_raw(self, pixels: Annotated[bytes, Body(media_type=RAW)]) -> dict[str, object]:
+        return Classifier.told(self.classifier.predict(self.classifier.raw(pixels)[None])[0])

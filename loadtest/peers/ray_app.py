@@ -1,4 +1,4 @@
-"""Ray Serve with the bare classifier: raw PNG bodies, dynamic batches, replicas."""
+"""Ray Serve with the bare classifier: bodies of PNG or raw pixels, one by one or in dynamic batches, replicas."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ SETTINGS = {name: value for name, value in os.environ.items() if name.startswith
     ray_actor_options={"num_cpus": 0.5, "runtime_env": {"env_vars": SETTINGS}},
 )
 class Bare:
-    """Gather what waits, classify it, and give each its part."""
+    """Gather what waits where batches are wanted, classify it, and give each its part."""
 
     def __init__(self) -> None:
         self.classifier = Classifier()
@@ -31,7 +31,10 @@ class Bare:
         return [Classifier.told(row) for row in self.classifier.predict(np.stack(images))]
 
     async def __call__(self, request: Request) -> JSONResponse:
-        return JSONResponse(await self.gathered(self.classifier.decode(await request.body())))
+        pixels = self.classifier.pixels(await request.body(), request.headers.get("content-type"))
+        if BATCH == 1:
+            return JSONResponse(Classifier.told(self.classifier.predict(pixels[None])[0]))
+        return JSONResponse(await self.gathered(pixels))
 
 
 if __name__ == "__main__":
@@ -41,5 +44,4 @@ if __name__ == "__main__":
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     ended.wait()
-    serve.shutdown()
-    ray.shutdown()
+    os._exit(0)  # an orderly end takes Ray many seconds; whoever started this ends what it started

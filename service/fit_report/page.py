@@ -31,7 +31,7 @@ def render(report: dict[str, Any], strips: Sequence[Sequence[Strip]]) -> str:
         "detector": detector_plot(report),
         "scores": [score_plot(report, index) if shown else None for index, shown in enumerate(strips)],
         "loss": loss_plot(report) if report["regulator"]["curves"] else None,
-        "selection": selection_plot(report),
+        "selection": selection_plot(report) if report["selection"]["chosen"]["corrected"] is not None else None,
     }
     return environment.get_template("page.html.jinja").render(
         report=report, strips=strips, plots=plots, samples_shown=SAMPLES, nothing=NOTHING

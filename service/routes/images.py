@@ -45,20 +45,23 @@ async def predict(request: Request, model: str) -> Response:
     gateway = gateway_of(request)
     served = gateway.repository.get(model)
     caller = caller_of(request)
-    async with gateway.request(served) as timed:
-        timed.shorten(timeout_of(request))
-        body = await read_body(request, gateway.settings.max_body_bytes)
-        uploads = await read_uploads(request, body, gateway.settings.max_images)
-        served.check_room(len(uploads))
-        with gateway.metrics.stage("decode"):
-            images = await decode_uploads(
-                uploads, served.manifest.input, gateway.decoder, served.coming(), gateway.settings.max_pixels
+    with gateway.bodies.room() as room:
+        async with gateway.request(served) as timed:
+            timed.shorten(timeout_of(request))
+            served.check_room(1)
+            # Not bound to a name: what a form was read from need not be kept beside what was read.
+            uploads = await read_uploads(
+                request, await read_body(request, gateway.settings.max_body_bytes, room), gateway.settings.max_images
             )
-        received = [partial(_as_sent, upload) for upload in uploads]
-        decision, alert_ids = await gateway.predict(served, images, received, caller, timed.deadline)
-        with gateway.metrics.stage("encode"):
-            predictions = _predictions(decision, alert_ids, served, gateway)
-            answer = to_json(Predictions(served.name, str(served.version), predictions))
+            served.check_room(len(uploads))
+            with gateway.metrics.stage("decode"):
+                decoding, most = gateway.decoding(served, caller), gateway.settings.max_pixels
+                images = await decode_uploads(uploads, served.manifest.input, gateway.decoder, decoding, most)
+            received = [partial(_as_sent, upload) for upload in uploads]
+            decision, alert_ids = await gateway.predict(served, images, received, caller, timed.deadline)
+            with gateway.metrics.stage("encode"):
+                predictions = _predictions(decision, alert_ids, served, gateway)
+                answer = to_json(Predictions(served.name, str(served.version), predictions))
     return Response(answer, media_type="application/json", headers={"x-request-id": caller.request_id})
 
 
@@ -107,7 +110,7 @@ def _info(served: ServedModel, gateway: Gateway) -> ModelInfo:
     return ModelInfo(
         name=served.name,
         version=str(served.version),
-        default=gateway.repository.get(served.name) is served,
+        default=gateway.repository.is_default(served),
         kind=manifest.kind,
         mode=served.mode,
         defended=served.defended,

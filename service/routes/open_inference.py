@@ -104,31 +104,33 @@ async def infer(request: Request, model: str, version: str | None = None) -> Res
     gateway = gateway_of(request)
     served = gateway.repository.get(model, version)
     caller = caller_of(request)
-    async with gateway.request(served) as timed:
-        body = await read_body(request, gateway.settings.max_body_bytes)
-        large = len(body) > LARGE_BYTES
-        served.check_room(1)
-        with gateway.metrics.stage("decode"):
-            header_length = request.headers.get("inference-header-content-length")
-            if large:
-                with served.coming():
-                    message, images = await gateway.decoder.run(_decoded, body, header_length, served, gateway)
-            else:
-                message, images = _decoded(body, header_length, served, gateway)
-            timed.shorten(message.timeout)
-            names = _requested(message, served, gateway)
-        if not request.headers.get("x-request-id") and message.id:
-            caller = caller.known_as(message.id)
-        received = [partial(_as_npy, row) for row in message.inputs[0].data]
-        decision, alert_ids = await gateway.predict(served, images, received, caller, timed.deadline)
-        with gateway.metrics.stage("encode"):
-            outputs = [OutputTensor(name, _values(decision, name), binary) for name, binary in names]
-            # The alerts' ids, one place a row, when there are any.
-            parameters = {"alert_ids": ",".join(id or "" for id in alert_ids)} if any(alert_ids) else None
-            answer = served.name, str(served.version), message.id, outputs, parameters
-            written = sum(np.size(output.data) for output in outputs if not output.binary)
-            apart = large or written > LARGE_VALUES
-            encoded = await asyncio.to_thread(encode_infer, *answer) if apart else encode_infer(*answer)
+    with gateway.bodies.room() as room:
+        async with gateway.request(served) as timed:
+            served.check_room(1)
+            body = await read_body(request, gateway.settings.max_body_bytes, room)
+            large = len(body) > LARGE_BYTES
+            served.check_room(1)
+            with gateway.metrics.stage("decode"):
+                header_length = request.headers.get("inference-header-content-length")
+                if large:
+                    with gateway.decoding(served, caller):
+                        message, images = await gateway.decoder.run(_decoded, body, header_length, served, gateway)
+                else:
+                    message, images = _decoded(body, header_length, served, gateway)
+                timed.shorten(message.timeout)
+                names = _requested(message, served, gateway)
+            if not request.headers.get("x-request-id") and message.id:
+                caller = caller.known_as(message.id)
+            received = [partial(_as_npy, row) for row in message.inputs[0].data]
+            decision, alert_ids = await gateway.predict(served, images, received, caller, timed.deadline)
+            with gateway.metrics.stage("encode"):
+                outputs = [OutputTensor(name, _values(decision, name), binary) for name, binary in names]
+                # The alerts' ids, one place a row, when there are any.
+                parameters = {"alert_ids": ",".join(id or "" for id in alert_ids)} if any(alert_ids) else None
+                answer = served.name, str(served.version), message.id, outputs, parameters
+                written = sum(np.size(output.data) for output in outputs if not output.binary)
+                apart = large or written > LARGE_VALUES
+                encoded = await asyncio.to_thread(encode_infer, *answer) if apart else encode_infer(*answer)
     headers = {**encoded.headers, "x-request-id": caller.request_id}
     return Response(encoded.body, media_type=encoded.media_type, headers=headers)
 

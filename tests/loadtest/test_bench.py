@@ -14,13 +14,15 @@ from loadtest import bench, cost_model
 from loadtest.art_defenses import art_preprocessors
 from loadtest.bench_page import page
 from loadtest.ceiling import Ceiling, measure_ceiling
+from loadtest.compute import with_ratios
 from loadtest.contenders import Contender, gateways
 from loadtest.cost import costs, total, weight_bytes
 from loadtest.cost_model import convolutions, regulator_table
 from loadtest.environments import Environment, PeerUnavailable
-from loadtest.messages import png_message
+from loadtest.messages import png_message, raw_message
 from loadtest.own_cost import echo
-from loadtest.racing import best_settings, race, ratios
+from loadtest.peers.classifier import Classifier
+from loadtest.racing import race
 from loadtest.rivals import REQUIREMENTS, environment_of, rivals
 from loadtest.serving import free_port, running
 from model_store import Store
@@ -82,35 +84,6 @@ def test_the_floor_is_the_longer_of_two_limits():
     assert measured.bytes > 1e8
 
 
-def test_the_best_setting_has_no_errors_and_the_highest_median():
-    def run(setting, number, rate, statuses=("200",), server="a", concurrency=1):
-        latencies = dict.fromkeys(("p50", "p90", "p99", "max"), 1000 / rate)
-        return {
-            **{"server": server, "setting": setting, "concurrency": concurrency, "round": number},
-            **{"per_second": rate, "milliseconds": latencies, "server_cpu_milliseconds": 1.0},
-            **{"statuses": dict.fromkeys(statuses, 1), "failures": {}},
-        }
-
-    runs = [
-        *(run("steady", number, rate) for number, rate in enumerate((100, 110, 90))),
-        *(run("wild", number, rate) for number, rate in enumerate((50, 400, 60))),
-        *(run("wrong", number, 500, ("200", "503")) for number in range(3)),
-        *(run("other", number, rate, server="b") for number, rate in enumerate((50, 44, 50))),
-    ]
-    runs += [run("lost in the last round", number, 900) for number in range(2)]
-    best = best_settings(runs, rounds=3)
-    assert [(row["server"], row["setting"], row["per_second"]) for row in best] == [
-        ("a", "steady", 100),
-        ("b", "other", 50),
-    ]
-    assert ratios(best, ["a"]) == [
-        {
-            **{"server": "a", "against": "b", "concurrency": 1, "ratio": 2.0, "least": 1.8, "most": 2.5},
-            **{"p99_ratio": 0.5, "lower_p99": True},
-        }
-    ]
-
-
 def test_a_race_measures_who_runs_and_names_who_does_not(store, image_set):
     message = partial(png_message, path="/")
     silent = partial(running, [sys.executable, "-c", "print('no model'); raise SystemExit(3)"], free_port(), ready="/")
@@ -122,12 +95,15 @@ def test_a_race_measures_who_runs_and_names_who_does_not(store, image_set):
         Contender("lost", gateway.process, "PNG", partial(png_message, path="/nowhere"), gateway.open),
     ]
     told = []
-    raced = race(contenders, image_set.clean[:4], concurrencies=(1, 4), seconds=0.2, rounds=1, told=told.append)
+    loads = dict.fromkeys(contenders, (1, 4))
+    raced = race(loads, image_set.clean[:4], seconds=0.2, rounds=1, told=told.append)
     assert {(run["server"], run["concurrency"]) for run in raced["runs"]} == {
         (server, concurrency) for server in ("echo", "gateway") for concurrency in (1, 4)
     }
     assert all(run["statuses"] == {"200": run["requests"]} for run in raced["runs"])
     assert all(run["memory_bytes"] > 1_000_000 and run["server_cpu_milliseconds"] > 0 for run in raced["runs"])
+    assert set(raced["overheads"]) == {"echo, alone", "silent, alone", gateway.started, f"lost, {gateway.process}"}
+    assert all(0 < seconds < 60 for seconds in raced["overheads"].values())
     assert set(raced["failures"]) == {"silent, alone", f"lost, PNG, {gateway.process}"}
     assert raced["failures"]["silent, alone"].startswith("In round 1 of 1: ")
     assert "ended with status 3" in raced["failures"]["silent, alone"]
@@ -139,10 +115,45 @@ def test_every_rival_has_settings_with_and_without_company(store, tmp_path, imag
     for server in REQUIREMENTS:
         contenders = rivals(server, environment_of(server, tmp_path), tmp_path / "model.onnx", 32)
         assert len({contender.process for contender in contenders}) >= 3
-        assert len({(contender.process, contender.body) for contender in contenders}) == len(contenders)
-        assert all(contender.message(image_set.clean[0]).content for contender in contenders)
+        assert len({contender.name for contender in contenders}) == len(contenders)
+        assert any("no batches" in contender.setting for contender in contenders)
+        assert any("no batches" not in contender.setting for contender in contenders)
+        assert {contender.raw for contender in contenders} == {False, True}
+        pixels = image_set.clean[0].tobytes()
+        assert all((pixels in one.message(image_set.clean[0]).content) == one.raw for one in contenders)
     with pytest.raises(ValueError, match="litserve"):
         environment_of("another", tmp_path)
+
+
+def test_a_peer_answers_raw_pixels_as_it_does_a_png(versions, image_set, monkeypatch):
+    monkeypatch.setenv("BENCH_MODEL", str(versions[0]))
+    monkeypatch.setenv("BENCH_THREADS", "1")
+    classifier, images = Classifier(), image_set.clean[:8]
+    bodies = [[make(image, "/") for image in images] for make in (png_message, raw_message)]
+    pngs, raws = (
+        np.stack([classifier.pixels(message.content, dict(message.headers)["Content-Type"]) for message in messages])
+        for messages in bodies
+    )
+    assert np.array_equal(pngs, images)
+    assert np.array_equal(raws, images)
+    probabilities = classifier.predict(raws)
+    assert np.allclose(probabilities.sum(1), 1)
+    assert [classifier.told(row)["class_index"] for row in probabilities] == probabilities.argmax(1).tolist()
+    with pytest.raises(ValueError, match="reshape"):
+        classifier.raw(bodies[1][0].content[:-1])
+
+
+def test_a_graph_keeps_its_limit_by_the_time_that_is_compared():
+    times = {
+        "bare": {"milliseconds": 10.0, "cpu_milliseconds": 10.0},
+        "protected": {"milliseconds": 33.0, "cpu_milliseconds": 34.0},
+    }
+    for compared, kept in (("milliseconds", True), ("cpu_milliseconds", False)):
+        rows = with_ratios(times, compared, {"protected": 3.0}, dict.fromkeys(times, 5.0))
+        assert rows["protected"]["limit"] == pytest.approx(3.3)
+        assert (rows["protected"]["ratio"] <= 3.3, rows["protected"]["kept"]) == (kept, kept)
+        assert rows["protected"]["over_floor"] == times["protected"][compared] / 5
+        assert "kept" not in rows["bare"]
 
 
 def test_what_cannot_be_installed_is_told(tmp_path, monkeypatch):
@@ -170,7 +181,13 @@ def test_the_bench_writes_what_it_measured(store, images_file, tmp_path):
     done = CliRunner().invoke(command, ["digits@2", "--phase", "compute", *arguments])
     assert done.exit_code == 0, done.output
     result = json.loads((tmp_path / "bench.json").read_text())
-    compared = result["phases"]["compute"]["coophance @2"]
+    assert set(result["phases"]["compute"]) == {"coophance @2, 1 thread", "coophance @2, 2 threads"}
+    compared = result["phases"]["compute"]["coophance @2, 2 threads"]
+    assert (compared["threads"], compared["compared"]) == (2, "milliseconds")
+    row = compared["batches"]["32"]["protected"]
+    assert row["ratio"] == row["milliseconds"] / compared["batches"]["32"]["bare"]["milliseconds"]
+    assert row["limit"] == pytest.approx(1.1 * compared["allowed"]["protected"])
+    compared = result["phases"]["compute"]["coophance @2, 1 thread"]
     assert set(compared["batches"]) == {"1", "4", "8", "16", "32"}
     assert compared["multiply_adds"]["protected"] == sum(
         part["multiply_adds"] for part in compared["parts"]["protected"].values()
@@ -178,10 +195,12 @@ def test_the_bench_writes_what_it_measured(store, images_file, tmp_path):
     assert (
         compared["allowed"]["protected"] == compared["multiply_adds"]["protected"] / compared["multiply_adds"]["bare"]
     )
-    assert compared["batches"]["32"]["bare"]["cpu_ratio"] == 1
+    assert compared["batches"]["32"]["bare"]["ratio"] == 1
     assert result["machine"]["cpus"] >= 1
     assert any(line.startswith("onnxruntime") for line in result["installed"])
-    assert "<h2>Computation</h2>" in (tmp_path / "bench.html").read_text()
+    shown = (tmp_path / "bench.html").read_text()
+    assert "<h2>Computation</h2>" in shown
+    assert len(re.findall(r"<td>(?:not )?kept</td>", shown)) == 2 * 5 * 2, "threads, batches, and the graphs not bare"
     undefended = CliRunner().invoke(command, ["digits@1", "--phase", "compute", *arguments])
     assert undefended.exit_code == 1
     assert "digits@1 has no defense" in undefended.output
@@ -200,7 +219,9 @@ def test_the_page_shows_every_phase():
         "machine": {"processor": "P", "cpus": 2},
         "phases": {
             "servers": {
-                **{"seconds": 5.0, "rounds": 3, "best": [row, {**row, "server": "C"}], "ratios": [ratio]},
+                **{"settings_tried": 9, "trial_seconds": 0.5, "seconds": 5.0, "rounds": 3},
+                "best": {"PNG": [row, {**row, "server": "C"}], "any": [{**row, "setting": "raw pixels"}]},
+                "ratios": {"PNG": [ratio], "any": []},
                 "failures": {"D": "it <did> not start"},
             },
             "art": {"1": {"bare": {"cpu_milliseconds": 1.0, "over_bare": 1.0}}},
@@ -210,5 +231,7 @@ def test_the_page_shows_every_phase():
     shown = page(result)
     assert "A &amp; B" in shown
     assert "it &lt;did&gt; not start" in shown
-    assert 'class="plot"' in shown
+    assert shown.count('class="plot"') == 2
+    assert shown.index("Everyone is sent PNGs") < shown.index("C</td>") < shown.index("what is best for it")
+    assert shown.index("what is best for it") < shown.index("<td>raw pixels</td>")
     assert shown.count("<h2>") == 3

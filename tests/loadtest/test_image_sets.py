@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from loadtest import image_sets
 from loadtest.connections import Message
 from loadtest.image_sets import ImageSet, ImagesUnreadable
-from loadtest.messages import base64_message, form_message, gateway_messages
+from loadtest.messages import base64_message, form_message, gateway_messages, raw_message
 from model_store import Store
 from service.engines import OnnxEngine
 
@@ -97,3 +97,13 @@ def test_bodies_of_other_servers_hold_the_image():
     assert part.get_param("name", header="content-disposition") == "images"
     for data in (base64.b64decode(encoded["data"][0]), part.get_payload(decode=True)):
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))).transpose(2, 0, 1), pixels)
+    assert part.get_content_type() == "image/png"
+
+
+def test_raw_bodies_are_the_pixels():
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 5, 4), np.uint8)
+    message = raw_message(pixels.transpose(1, 2, 0).copy().transpose(2, 0, 1), "/raw")
+    assert message.content == pixels.tobytes()
+    assert dict(message.headers) == {"Content-Type": "application/octet-stream"}
+    form = form_message(pixels, "/form", name="images", raw=True).content
+    assert b"Content-Type: application/octet-stream\r\n\r\n" + pixels.tobytes() + b"\r\n--" in form

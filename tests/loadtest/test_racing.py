@@ -1,12 +1,15 @@
 import sys
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 
+from loadtest.competition import compete
 from loadtest.connections import Message
 from loadtest.contenders import Contender
-from loadtest.racing import best_settings, race, ratios
+from loadtest.racing import race
+from loadtest.ranking import best_settings, ratios
 from loadtest.serving import free_port, running
 
 IMAGES = np.zeros((2, 1, 4, 4), np.uint8)
@@ -55,7 +58,8 @@ def raced():
     bodies = ("good", "strange", "fatal", "better")
     told: list[str] = []
     contenders = [contender(body) for body in bodies]
-    return race(contenders, IMAGES, concurrencies=(1,), seconds=0.1, rounds=2, told=told.append), told
+    loads = dict.fromkeys(contenders, (1,))
+    return race(loads, IMAGES, seconds=0.1, rounds=2, told=told.append), told
 
 
 def test_who_fails_costs_nobody_else_a_row(raced):
@@ -81,9 +85,36 @@ def test_who_fails_in_a_later_round_is_not_ranked(tmp_path):
         Contender("steady", "alone", "good", contender("good").message, contender("good").open),
         Contender("fragile", "alone", "good", contender("good").message, partial(running, fragile, port, ready="/")),
     ]
-    result = race(contenders, IMAGES, concurrencies=(1,), seconds=0.1, rounds=2, told=lambda _: None)
+    result = race(dict.fromkeys(contenders, (1,)), IMAGES, seconds=0.1, rounds=2, told=lambda _: None)
     assert [(row["server"], row["round"]) for row in result["runs"] if row["server"] == "fragile"] == [("fragile", 0)]
     assert result["failures"]["fragile, alone"].startswith("In round 2 of 2: ")
     best = best_settings(result["runs"], rounds=2)
     assert [(row["server"], len(row["rounds"])) for row in best] == [("steady", 2)]
     assert ratios(best, ["steady"]) == []
+
+
+def test_a_competition_measures_the_best_of_a_trial_and_leaves_out_who_failed_in_it():
+    bodies = {"good": False, "strange": False, "better": False, "best": False, "bare": True}
+    contenders = [replace(contender(body), raw=raw) for body, raw in bodies.items()]
+    told: list[str] = []
+    result = compete(
+        contenders,
+        IMAGES,
+        ["one"],
+        **{"concurrencies": (1, 2), "trial_seconds": 0.1, "seconds": 0.2, "rounds": 2, "told": told.append},
+    )
+    assert "5 settings are tried" in told[0]
+    assert any("settings are measured at length: about 0 minutes more" in line for line in told)
+    assert set(result["failures"]) == {"one, strange, alone"}
+    assert result["failures"]["one, strange, alone"].startswith("In trial 1 of 1: ")
+    assert {row["setting"] for row in result["trial"]} == {f"{body}, alone" for body in bodies if body != "strange"}
+    for concurrency in (1, 2):
+        measured = [row for row in result["runs"] if row["concurrency"] == concurrency]
+        assert len(measured) == 2 * 3, "two settings with PNGs and the one with raw pixels, in two rounds"
+        assert sum(row["raw"] for row in measured) == 2
+        assert all(row["seconds"] >= 0.2 for row in measured)
+    assert {row["raw"] for row in result["best"]["PNG"]} == {False}
+    fastest = {row["concurrency"]: row["per_second"] for row in result["best"]["any"]}
+    assert all(row["per_second"] <= fastest[row["concurrency"]] for row in result["best"]["PNG"])
+    assert result["settings_tried"] == 5
+    assert 0 < result["minutes_taken"] < 1

@@ -1,8 +1,10 @@
 """What is decoded at once and what in threads, and how much may wait for one."""
 
 import asyncio
+import gc
 import math
 import threading
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -79,6 +81,65 @@ async def test_a_cancelled_caller_leaves_the_queue_but_a_begun_call_holds_its_th
     shelf.open.set()
     assert await asyncio.gather(waiting[1], another) == [2, 3]
     assert shelf.begun == [0, 2, 3]
+
+
+async def test_what_a_cancelled_caller_had_to_decode_is_let_go(decoder):
+    class Body:
+        """Stands for what a request came with."""
+
+    shelf = Shelf()
+    running = asyncio.create_task(decoder.run(shelf.take, 0))
+    await begun(shelf, 1)
+    bodies = [Body() for _ in range(20)]
+    held = weakref.WeakSet(bodies)
+    while bodies:
+        waiting = asyncio.create_task(decoder.run(id, bodies.pop()))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+    del waiting
+    await asyncio.sleep(0)
+    gc.collect()
+    assert len(held) == 0
+    shelf.open.set()
+    assert await running == 0
+
+
+async def test_who_is_cancelled_as_the_turn_comes_hands_it_on(decoder):
+    for _ in range(20):
+        shelf = Shelf()
+        running = asyncio.create_task(decoder.run(shelf.take, 0))
+        await begun(shelf, 1)
+        waiting = [asyncio.create_task(decoder.run(shelf.take, number)) for number in (1, 2)]
+        await asyncio.sleep(0)
+        shelf.open.set()
+        for _ in range(100_000):
+            if running.done():
+                break
+            await asyncio.sleep(0)
+        waiting[0].cancel()
+        await asyncio.gather(waiting[0], return_exceptions=True)
+        assert await asyncio.wait_for(waiting[1], 5) == 2
+
+
+async def test_a_call_that_outlives_the_gateway_ends_quietly(caplog):
+    shelf, loop, before = Shelf(), asyncio.new_event_loop(), set(threading.enumerate())
+
+    def lived() -> None:
+        decoder = Decoder(1, 1)
+        running = loop.create_task(decoder.run(shelf.take, 0))
+        loop.run_until_complete(begun(shelf, 1))
+        decoder.close()
+        running.cancel()
+        loop.run_until_complete(asyncio.gather(running, return_exceptions=True))
+        loop.close()
+
+    await asyncio.to_thread(lived)
+    (thread,) = (one for one in set(threading.enumerate()) - before if one.name.startswith("decoder"))
+    shelf.open.set()
+    await asyncio.to_thread(thread.join, 5)
+    assert not thread.is_alive()
+    assert caplog.text == ""
 
 
 async def test_what_a_call_raises_reaches_its_caller(decoder):

@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import sqlite3
 import threading
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 
 from model_store import SERVING, Draft, InputSpec, Store
 from service.engines import DeviceUnavailable
+from service.repository import Repository
+from service.served import ServedModel
 
 
 @pytest.fixture
@@ -223,6 +226,18 @@ async def test_two_versions_of_a_model_serve_beside_each_other(gateway, dark):
     assert [(model["version"], model["default"]) for model in models] == [("1", False), ("2", True)]
 
 
+async def test_a_default_that_is_broken_hides_no_other_version_and_no_other_model(gateway, tmp_path, store):
+    root = tmp_path / "store"
+    shutil.copytree(store, root)
+    flip(root / "models" / "digits" / "2" / "model.onnx")
+    async with gateway(store=root, models="digits@2,digits@1,bare") as visitor:
+        answer = await visitor.http.get("/v1/models")
+        assert answer.status_code == 200, answer.text
+        listed = [(model["name"], model["version"], model["default"]) for model in answer.json()["models"]]
+        assert listed == [("bare", "1", True), ("digits", "1", False)]
+        assert (await visitor.http.get("/v2/models/digits")).status_code == 503
+
+
 async def test_until_the_models_are_loaded_the_gateway_lives_but_is_not_ready(gateway, dark):
     async with gateway(ready=False, models=("slow",) * 5 + ("digits",)) as visitor:
         ready = await visitor.http.get("/v2/health/ready")
@@ -253,6 +268,35 @@ async def test_a_stop_leaves_nothing_running(gateway, bright):
 async def test_a_stop_during_the_start_is_clean(gateway):
     async with gateway(ready=False, models=("slow", "digits")):
         await asyncio.sleep(0)
+
+
+async def test_a_stop_during_the_start_waits_for_no_version(gateway, bright, monkeypatch, tmp_path):
+    opened, go_on, read = [], threading.Event(), Repository._open
+
+    def opening(repository: Repository, reference: str) -> ServedModel:
+        opened.append(reference)
+        if len(opened) > 1:
+            assert go_on.wait(10)
+        return read(repository, reference)
+
+    monkeypatch.setattr(Repository, "_open", opening)
+    try:
+        async with asyncio.timeout(5), gateway(ready=False, models=("digits", "bare", "fragile", "slow")) as visitor:
+            for _ in range(1000):
+                if len(opened) == 2:
+                    break
+                await asyncio.sleep(0.005)
+            answer = await visitor.infer("digits", bright(1))
+            assert answer.status_code == 200, "what is loaded serves"
+            assert (await visitor.infer("bare", bright(1))).status_code == 503
+    finally:
+        go_on.set()
+    with sqlite3.connect(tmp_path / "alerts.db") as connection:
+        rows = connection.execute("SELECT id FROM alerts").fetchall()
+    connection.close()
+    assert rows == [(answer.json()["parameters"]["alert_ids"],)]
+    await asyncio.sleep(0.1)
+    assert opened == ["digits", "bare"], "what was not begun is not loaded"
 
 
 async def test_a_gateway_that_was_promised_a_gpu_does_not_start_without(gateway):

@@ -22,6 +22,7 @@ from service.datasets import load_dataset
 from service.engines import GraphUnloadable, OnnxEngine
 from service.engines.opening import OnnxSource
 from service.fit import find_classifier
+from service.fit_draft import loss_findings
 from service.register import Declaration, register
 from service.settings import Settings
 
@@ -74,6 +75,7 @@ def test_what_is_on_record_of_a_defense_by_response(fitted):
         (),
     )
     assert set(manifest.files) == {"model.onnx", "checkpoint/response.safetensors"}
+    assert manifest.options["findings"] == []
     assert manifest.options["configuration"]["push"] == "smoothing"
     response = manifest.options["response"]
     assert response["undefended_right"] - response["right"] <= 0.05 * response["images"]
@@ -81,6 +83,16 @@ def test_what_is_on_record_of_a_defense_by_response(fitted):
     lost = manifest.metrics["clean_accuracy_undefended"] - manifest.metrics["clean_accuracy"]
     assert lost < 0.1
     assert "defense_success_rate.fgsm:epsilon=48/255" in manifest.metrics
+
+
+@pytest.mark.parametrize(
+    ("images", "loss", "expected"),
+    [(300, 0.01, None), (299, 0.01, "300 or more"), (54, 0.05, "60 or more"), (60, 0.05, None), (10, 0.0, None)],
+)
+def test_a_calibration_split_too_small_for_the_loss_is_told(images, loss, expected):
+    told = loss_findings(images, loss)
+    assert len(told) == (expected is not None)
+    assert all(expected in each and f"{images} calibration images" in each for each in told)
 
 
 def test_what_is_on_record_of_a_correction(fitted):
