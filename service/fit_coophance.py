@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from defenses.attacks import attack
+from defenses.attacks import attack_to_fit
 from defenses.calibration import check_budget
 from defenses.checkpoint import save_regulator
 from defenses.coophance import FitPlan, Fitted, Inspector, Regulator, fit_coophance
@@ -26,6 +26,7 @@ from service.fit_draft import coophance_draft, regulator_draft
 from service.fit_job import FitJob
 from service.fit_report import write_report
 from service.fit_size import CoophanceSize
+from service.fit_splits import check_splits
 from service.hardware import DeviceName, find_device
 from service.p_values import CALIBRATION, write_scores
 from service.regulators import REGULATORS, PublishedRegulator, find_regulator, other_data_told, regulator_name
@@ -49,19 +50,25 @@ def publish_coophance(
     """Fit CoopHANCE for a classifier and publish it as the next version of its name (see ``fit_and_publish``).
 
     First the Regulator is published on its own, named after the data set, and after it the defense. ``regulator``, as
-    NAME@VERSION, is one that is used again; ``notice`` is also called when that was fitted on other data.
+    NAME@VERSION, is one that is used again, fitted on the same splits where on the same images, unless those hold a
+    test part out; ``notice`` is also called when it was fitted on other data.
 
     Raises what ``fit_and_publish``, ``defenses.coophance.fit_coophance`` and ``service.regulators.find_regulator``
-    raise, and ``DeviceMissing``.
+    raise, ``OtherSplits``, and ``DeviceMissing``.
     """
     subject = Subject.open(classifier, dataset)
     layer = plan.inspector.layer or classifier.manifest.layers.get("tap")
     plan = replace(plan, inspector=replace(plan.inspector, layer=layer))
     place = find_device(device)
+    if regulator is None:
+        # A fit that is taken up on another machine is another fit where that trains in another precision.
+        plan = replace(plan, regulator=plan.regulator.settled(place))
     _check_plan(subject, plan)
     reused = find_regulator(root, regulator, classifier.manifest.input) if regulator else None
-    if reused and (told := other_data_told(reused, dataset.name, dataset.digest)):
-        notice(told)
+    if reused:
+        check_splits(reused.reference, reused.manifest.data, dataset)
+        if told := other_data_told(reused, dataset.name, dataset.digest):
+            notice(told)
     method = _Coophance(root, subject, plan, reused, place)
     return fit_and_publish(
         root, subject, method, device=place, fresh=fresh, progress=progress, notice=notice, command=command
@@ -71,11 +78,12 @@ def publish_coophance(
 def _check_plan(subject: Subject, plan: FitPlan) -> None:
     """Refuse what cannot be, before anything is computed.
 
-    Raises ``CalibrationTooSmall``, ``AttackUnknown``, ``LayerNotFound``, and ``ValueError`` for a budget beyond (0, 1).
+    Raises ``CalibrationTooSmall``, ``AttackUnknown``, ``AttackUnsuitable``, ``LayerNotFound``, and ``ValueError`` for
+    a budget beyond (0, 1).
     """
     check_budget(len(subject.dataset.calibration.targets), plan.budget)
     for text in plan.attacks:
-        attack(text)
+        attack_to_fit(text)
     if plan.inspector.layer:
         subject.classifier.resolve_layer(plan.inspector.layer)
 

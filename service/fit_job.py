@@ -27,7 +27,7 @@ from model_store.files import sync_folder, write_anew
 FITS = "fits"
 """The folder of the store that keeps unfinished fits, beside the models."""
 
-FORMAT = 4
+FORMAT = 5
 """Part of every fit's identity: counts up when a stage no longer keeps what it kept, or computes it otherwise."""
 
 _KEY = re.compile(r"[0-9a-f]{16}")

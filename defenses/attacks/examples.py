@@ -83,6 +83,14 @@ def fools(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return wrong
 
 
+class NothingToAttack(ValueError):
+    """A classifier gets none of its images right; `count` is how many there are."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(f"The classifier gets none of the {count} images right, so there is nothing to attack.")
+        self.count = count
+
+
 def craft(
     attack: Attack,
     model: nn.Module,
@@ -99,9 +107,41 @@ def craft(
 
     ``images`` is uint8 (N, C, H, W), ``targets`` (N,) int64; the model is in evaluation mode on ``device``. The same
     seed gives the same examples, and the global random state is left as it was.
-    Raises ``ValueError`` when the model classifies none of the images correctly.
+    Raises ``NothingToAttack`` when the model classifies none of the images correctly.
     """
-    parts: list[tuple[Tensor, ...]] = []
+    examples = craft_any(
+        attack,
+        model,
+        images,
+        targets,
+        limit=limit,
+        device=device,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    if not len(examples.y):
+        raise NothingToAttack(len(images))
+    return examples
+
+
+def craft_any(
+    attack: Attack,
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    *,
+    limit: int,
+    device: torch.device,
+    seed: int,
+    batch_size: int,
+    progress: Callable[[int, int], None],
+) -> AdversarialExamples:
+    """Attack as ``craft`` does, but return no examples where the model classifies none of the images correctly."""
+    none = torch.zeros(0, dtype=torch.bool)
+    parts: list[tuple[Tensor, ...]] = [
+        (images[:0], to_float(images[:0]), targets[:0], torch.arange(0), none, none),
+    ]
     count = 0
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), full_precision():
@@ -121,6 +161,4 @@ def craft(
             progress(count, limit)
             if count >= limit:
                 break
-    if not parts:
-        raise ValueError(f"The classifier gets none of the {len(images)} images right, so there is nothing to attack.")
     return AdversarialExamples(attack, *(torch.cat(column) for column in zip(*parts, strict=True)))

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from defenses.attacks import AdversarialExamples, Attack, attack, craft_once
+from defenses.attacks import AdversarialExamples, Attack, attack_to_fit, craft_once
 from defenses.calibration import calibrate, calibrate_classes, check_budget, check_class_budgets
 from defenses.classifier import Classifier, Layer
 from defenses.coophance.inspector import Inspector
@@ -16,7 +16,7 @@ from defenses.coophance.inspector_fit import INVERSE_PENALTIES, InspectorExample
 from defenses.coophance.plan import FitPlan
 from defenses.coophance.regressions import FEWEST_EXAMPLES, Watched
 from defenses.coophance.regulator import Regulator
-from defenses.coophance.selection import STRENGTHS, Selection, select
+from defenses.coophance.selection import STRENGTHS, NothingToChooseBy, Selection, answers_of, select
 from defenses.coophance.trainer import TrainingPlan
 from defenses.coophance.training import TrainedRegulator, fit_regulator, steps_in
 from defenses.evaluation import Progress, run_batched
@@ -84,8 +84,9 @@ def fit_coophance(
 
     A ``regulator`` that is given is used as it is, but for its strength. What is done is kept in ``stages``: a fit that
     was killed goes on there, to the same result. The same plan on the same machine gives the same result; the global
-    random state is left as it was. Before the training begins, raises ``CalibrationTooSmall``, ``AttackUnknown`` and
-    ``LayerNotFound``, and ``ValueError`` for a classifier that gets nothing right or that too few attacked images fool.
+    random state is left as it was. Before anything is computed raises ``AttackUnknown``, ``AttackUnsuitable``,
+    ``LayerNotFound`` and ``CalibrationTooSmall``; before the training begins ``NothingToChooseBy``, and ``ValueError``
+    for a classifier that gets nothing right or that too few attacked images fool.
     """
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), full_precision():
@@ -104,9 +105,9 @@ class _Fit:
 
     def run(self, regulator: Regulator | None) -> Fitted:
         plan, splits = self.plan, self.splits
-        self.check_calibration()
-        attacks = [attack(text) for text in plan.attacks]
+        attacks = [attack_to_fit(text) for text in plan.attacks]
         layer = self.layer  # a name that is not there is told before anything is computed
+        self.check_calibration()
         examples = tuple(self.crafted(each, splits.fit, plan.examples, "fit") for each in attacks)
         fooling = sum(int(each.fooled.sum()) for each in examples)
         if fooling < FEWEST_EXAMPLES:
@@ -116,6 +117,9 @@ class _Fit:
         validation = tuple(
             self.crafted(each, splits.validation, plan.validation_examples, "validation") for each in attacks
         )
+        wanted = plan.chosen_by_attacks(reused=regulator is not None)
+        if wanted and not any(each.fooled.any() for each in validation):
+            raise NothingToChooseBy(wanted)
         trained: TrainedRegulator | None = None
         training: TrainingPlan | None = None
         if regulator is None:
@@ -150,11 +154,16 @@ class _Fit:
         )
 
     def check_calibration(self) -> None:
-        """Refuse a budget that the calibration split cannot support, before anything is computed."""
-        targets, budget = self.splits.calibration.targets, self.plan.budget
-        check_budget(len(targets), budget)
+        """Refuse a budget that the calibration split cannot support, before anything long is computed.
+
+        How many images are given each class is counted by the bare classifier's answers, as far as the protected ones
+        are like them; ``calibrate`` counts those.
+        """
+        images, budget = self.splits.calibration.images, self.plan.budget
+        check_budget(len(images), budget)
         if self.plan.inspector.thresholds == "class":
-            check_class_budgets(torch.bincount(targets, minlength=self.classifier.classes).tolist(), budget)
+            answers = answers_of(self.classifier, images, self.device)
+            check_class_budgets(torch.bincount(answers, minlength=self.classifier.classes).tolist(), budget)
 
     @cached_property
     def layer(self) -> Layer:

@@ -38,7 +38,8 @@ class InspectorReport:
 
     ``negatives`` and ``positives`` count each class's examples; ``shared`` are the classes that take the regression of
     all classes together; ``seconds`` is what each regression took. ``inverse_penalty`` is the C taken, and ``areas``
-    are, for each C that was tried, the area under resistance over false positives, averaged over the attacks.
+    are, for each C that was tried, the area under resistance over false positives, averaged over the attacks; empty
+    where no attacked validation image fools the classifier.
     """
 
     negatives: tuple[int, ...]
@@ -67,8 +68,10 @@ def fit_inspector(
     ``activations_of`` turns images, float in [0, 1] and on ``device``, into the activations of the Inspector's layer,
     ``evidence_of`` into all that it is shown. The rest is as in ``fit_regressions``, which raises; of several inverse
     penalties the one is taken that does best on the validation examples. The Inspector is in evaluation mode and on
-    ``device``.
+    ``device``. Raises ``ValueError`` too where several penalties or a fusion want attacked examples and there are none.
     """
+    if not examples.attacks and (config.fusion or len(inverse_penalties) > 1):
+        raise ValueError("Expected attacked validation images to choose the penalty and fit the fusion by, got none.")
     inspector = Inspector(config).eval().to(device)
 
     def features_of(images: Tensor) -> Tensor:
@@ -104,9 +107,9 @@ def fit_inspector(
     ]
     areas = [
         sum(ResistanceCurve.sweep(clean[0][:, i], each[:, i], right).area for each, _, right in attacks) / len(attacks)
-        for i in range(tried)
+        for i in range(tried if attacks else 0)
     ]
-    best = max(range(tried), key=areas.__getitem__)
+    best = max(range(len(areas)), key=areas.__getitem__, default=0)
     inspector.weight.data.copy_(fitted.weights[best])
     inspector.bias.data.copy_(fitted.biases[best])
     if inspector.fusion is not None:
@@ -118,7 +121,7 @@ def fit_inspector(
         fitted.shared,
         fitted.seconds,
         inverse_penalties[best],
-        {f"{penalty:g}": area for penalty, area in zip(inverse_penalties, areas, strict=True)},
+        {f"{penalty:g}": area for penalty, area in zip(inverse_penalties, areas, strict=bool(attacks))},
     )
     return inspector, report
 

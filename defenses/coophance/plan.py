@@ -1,6 +1,6 @@
 """How a CoopHANCE defense is fitted, from the attacks to the threshold."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
 import torch
@@ -65,19 +65,32 @@ class RegulatorPlan:
         )
 
     def training(self, images: int, seed: int, device: torch.device) -> TrainingPlan:
-        """Return the training on that many images, its length by ``epochs``, its precision settled."""
-        fast: Literal["float32", "bfloat16"] = "bfloat16" if has_bfloat16(device) else "float32"
+        """Return the training on that many images, its length by ``epochs``, its precision settled.
+
+        A batch is of all images where there are fewer than ``batch_size``.
+        """
+        batch_size = min(self.batch_size, images)
         return TrainingPlan(
-            steps=max(5, round(self.epochs * images / self.batch_size)),
-            batch_size=min(self.batch_size, images),
+            steps=max(5, round(self.epochs * images / batch_size)),
+            batch_size=batch_size,
             learning_rate=self.learning_rate,
             schedule=self.schedule,
             averaging=self.averaging,
-            precision=fast if self.precision == "auto" else self.precision,
+            precision=self.precision_on(device),
             confusion=self.confusion != "off",
             augmentation=Augmentation(flip=self.flip),
             seed=seed,
         )
+
+    def precision_on(self, device: torch.device) -> Literal["float32", "bfloat16"]:
+        """Return what a device trains in."""
+        if self.precision == "auto":
+            return "bfloat16" if has_bfloat16(device) else "float32"
+        return self.precision
+
+    def settled(self, device: torch.device) -> Self:
+        """Return the plan with the precision that a device trains in, so that it says the same on every machine."""
+        return replace(self, precision=self.precision_on(device))
 
 
 @dataclass(frozen=True)
@@ -148,6 +161,16 @@ class FitPlan:
         )
         inspector = InspectorPlan(most_features=2**31, inverse_penalty=10, surviving=False, fusion=False)
         return cls(attacks=("fgsm",), strength=1.0, regulator=regulator, inspector=inspector)
+
+    def chosen_by_attacks(self, *, reused: bool) -> list[str]:
+        """Return what attacked validation images are needed for; ``reused`` says whether a Regulator is used again."""
+        wanted = {
+            "the stopping point": not reused and self.regulator.stop == "validated",
+            "the strength": self.strength is None,
+            "the inverse penalty": self.inspector.inverse_penalty is None,
+            "the weights of the fusion": self.inspector.fusion,
+        }
+        return [what for what, open_ in wanted.items() if open_]
 
     def __post_init__(self) -> None:
         _above_zero(self, "examples", "validation_examples", "test_examples")

@@ -16,18 +16,29 @@ STRENGTHS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """The shares of the purified image that are tried."""
 
 
+class NothingToChooseBy(ValueError):
+    """No attacked validation image fools the classifier, but something is to be chosen by such; `what` names it."""
+
+    def __init__(self, what: Sequence[str]) -> None:
+        super().__init__(
+            f"Expected attacked validation images that fool the classifier, to choose {', '.join(what)} by; there are "
+            "none. Another attack may fool it, or the same with a larger bound."
+        )
+        self.what = tuple(what)
+
+
 @dataclass(frozen=True)
 class Candidate:
     """What the classifier makes of validation images that a Regulator purified, with its noise on.
 
     ``accuracy`` is that on the clean images, ``corrected`` the share of adversarial ones that are answered with the
-    true class, averaged over the attacks, each of which counts the same.
+    true class, averaged over the attacks, each of which counts the same; None where there are none.
     """
 
     step: int
     strength: float
     accuracy: float
-    corrected: float
+    corrected: float | None
 
 
 @dataclass(frozen=True)
@@ -70,12 +81,13 @@ def select(
 
     ``regulators`` are by the step they were trained to; ``clean`` is (images, targets) and ``examples`` are attacked
     images, none of which anything was fitted on. Both the classifier and the Regulators are in evaluation mode, the
-    classifier on ``device``. Raises ``ValueError`` where no example fools the classifier.
+    classifier on ``device``. Where there is but one candidate, no example need fool the classifier; raises
+    ``NothingToChooseBy`` where there are several and none does.
     """
     images, targets = clean
     fooling = [(each.x_adv[each.fooled], each.y[each.fooled]) for each in examples if each.fooled.any()]
-    if not fooling:
-        raise ValueError("Expected attacked validation images that fool the classifier, to choose by; there are none.")
+    if not fooling and len(regulators) * len(strengths) > 1:
+        raise NothingToChooseBy(["the stopping point and the strength"])
     groups = [(images, targets), *fooling]
     undefended = accuracy_of(classifier, images, targets, device)
     tried: list[Candidate] = []
@@ -89,12 +101,13 @@ def select(
                 progress("selection", len(tried) // len(strengths) * len(groups) + len(rates), total)
             regulator.cpu()
             for strength, (accuracy, *corrected) in zip(strengths, zip(*rates, strict=True), strict=True):
-                tried.append(Candidate(step, strength, accuracy, sum(corrected) / len(corrected)))
+                share = sum(corrected) / len(corrected) if corrected else None
+                tried.append(Candidate(step, strength, accuracy, share))
     allowed = [each for each in tried if each.accuracy >= undefended - accuracy_loss]
     chosen = (
-        max(allowed, key=lambda each: (each.corrected, each.accuracy))
+        max(allowed, key=lambda each: (each.corrected or 0.0, each.accuracy))
         if allowed
-        else max(tried, key=lambda each: (each.accuracy, each.corrected))
+        else max(tried, key=lambda each: (each.accuracy, each.corrected or 0.0))
     )
     return Selection(chosen, undefended, bool(allowed), tuple(tried))
 
@@ -118,9 +131,12 @@ def _rates(
     return [count / len(targets) for count in right]
 
 
-@torch.no_grad()
 def accuracy_of(classifier: nn.Module, images: Tensor, targets: Tensor, device: torch.device) -> float:
     """Return the share of images, uint8 or float (N, C, H, W), that a classifier answers with their class."""
-    batches = zip(images.split(128), targets.split(128), strict=True)
-    right = sum(int((classifier(to_float(x.to(device))).argmax(1).cpu() == y).sum()) for x, y in batches)
-    return right / len(targets)
+    return int((answers_of(classifier, images, device) == targets).sum()) / len(targets)
+
+
+@torch.no_grad()
+def answers_of(classifier: nn.Module, images: Tensor, device: torch.device) -> Tensor:
+    """Return the classes, int64 (N,) on the CPU, that a classifier answers images with, uint8 or float (N, C, H, W)."""
+    return torch.cat([classifier(to_float(x.to(device))).argmax(1).cpu() for x in images.split(128)])

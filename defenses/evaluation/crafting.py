@@ -12,7 +12,7 @@ from defenses.attacks.transfer import transferred
 from defenses.attacks.victim import Victim
 from defenses.classifier import Classifier
 from defenses.evaluation.defense import Defense
-from defenses.evaluation.plan import EFFORT, SAMPLES, EvaluationPlan, Scenario, distinct, doubled, suits
+from defenses.evaluation.plan import SAMPLES, EvaluationPlan, Scenario, distinct, doubled, efforts_of, suits
 from defenses.evaluation.substitutes import StandIn
 from defenses.protected import ProtectedClassifier
 
@@ -104,16 +104,15 @@ class Workshop:
                 self._on_defense(attack(ANOTHER_IMAGE), defense, CHECKED),
             )
             for each in self.attacks:
-                if suits(each, "B") and each.facts.white_box:
+                if suits(each, "B"):
                     yield from self._with_more_effort(each, defense)
 
     def _with_more_effort(self, each: Attack, defense: Defense) -> Iterator[tuple[Work, Crafting]]:
         """Yield an attack on a defense with each of what says how long it tries doubled, in turn."""
-        for parameter in EFFORT:
-            if parameter in each.parameters:
-                longer = self._on_defense(doubled(each, parameter), defense, CHECKED)
-                yield Work(parameter, "B", each.name, defense.name), longer
-        if defense.noisy and SAMPLES not in each.parameters:
+        for parameter in efforts_of(each):
+            longer = self._on_defense(doubled(each, parameter), defense, CHECKED)
+            yield Work(parameter, "B", each.name, defense.name), longer
+        if each.facts.white_box and defense.noisy and SAMPLES not in each.parameters:
             more = self._on_defense(each, defense, CHECKED, 2 * self.plan.samples)
             yield Work(NOISES, "B", each.name, defense.name), more
 

@@ -18,8 +18,14 @@ DEAR = 300
 
 SAMPLES = "samples"
 
-EFFORT = ("steps", "searches", SAMPLES)
-"""The parameters of an attack that say how long it tries."""
+EFFORT = ("steps", "searches", SAMPLES, "max_iter")
+"""The parameters that say how long an attack follows gradients."""
+
+DRAWS = ("queries", "repeats", "max_iter")
+"""The parameters that say how often an attack without gradients guesses.
+
+The steps of one that starts from a misclassified image bring it nearer, and are not among them.
+"""
 
 SUBSTITUTE_EPOCHS = 12
 """How often a substitute in training sees every image that was asked about."""
@@ -32,6 +38,18 @@ class SweepUnclear(ValueError):
         self.text = text
         super().__init__(
             f"Expected a sweep such as fgsm@epsilon=1/255,2/255 or cw:steps=100@confidence=0,10, got {text!r}: {reason}"
+        )
+
+
+class ScenarioMissing(ValueError):
+    """None of the scenarios asked for is one that an attack is made for: nothing would be measured of it."""
+
+    def __init__(self, each: Attack, asked: Sequence[Scenario]) -> None:
+        self.attack, self.asked = each, tuple(asked)
+        made_for = [scenario for scenario in get_args(Scenario) if suits(each, scenario)]
+        super().__init__(
+            f"Expected an attack for one of the scenarios that are asked for, or a scenario that it is made for: "
+            f"{each.name} is made for {_listed(made_for)}, and asked for is {_listed(asked)} alone."
         )
 
 
@@ -106,8 +124,12 @@ class EvaluationPlan:
         return f"noise {self.noise}, confusion {self.confusion}"
 
     def parsed(self) -> tuple[tuple[Attack, ...], tuple[Sweep, ...]]:
-        """Return the attacks and the sweeps; raises ``AttackUnknown`` and ``SweepUnclear``."""
-        return tuple(attack(text) for text in self.attacks), tuple(Sweep.parse(text) for text in self.sweeps)
+        """Return the attacks and the sweeps; raises ``AttackUnknown``, ``SweepUnclear`` and ``ScenarioMissing``."""
+        attacks, sweeps = tuple(map(attack, self.attacks)), tuple(map(Sweep.parse, self.sweeps))
+        for each in (*attacks, *(sweep.attacks[0] for sweep in sweeps)):
+            if not any(suits(each, scenario) for scenario in self.scenarios):
+                raise ScenarioMissing(each, self.scenarios)
+        return attacks, sweeps
 
 
 def known_scenarios(names: Sequence[str]) -> tuple[Scenario, ...]:
@@ -128,6 +150,11 @@ def suits(each: Attack, scenario: Scenario) -> bool:
     return each.facts.on in ("any", "classifier" if scenario == "A" else "defense")
 
 
+def efforts_of(each: Attack) -> tuple[str, ...]:
+    """Return the parameters of an attack that say how long it tries."""
+    return tuple(name for name in (EFFORT if each.facts.white_box else DRAWS) if name in each.parameters)
+
+
 def distinct(attacks: Sequence[Attack]) -> tuple[Attack, ...]:
     """Return the attacks without those that come a second time."""
     return tuple({each.name: each for each in attacks}.values())
@@ -137,6 +164,10 @@ def doubled(each: Attack, parameter: str) -> Attack:
     """Return an attack with one of its parameters twice as large."""
     parameters = {**each.parameters, parameter: 2 * each.parameters[parameter]}
     return attack(f"{each.family}:{','.join(f'{name}={_text(value)}' for name, value in parameters.items())}")
+
+
+def _listed(scenarios: Sequence[Scenario]) -> str:
+    return f"scenario{'s' if len(scenarios) > 1 else ''} {' and '.join(scenarios)}"
 
 
 def _text(value: float) -> str:

@@ -12,7 +12,11 @@ from defenses.evaluation.rates import CleanRow, Interval, interval_of
 
 @dataclass(frozen=True)
 class Rate:
-    """A share as the mean over noises, that under each noise, and the Clopper-Pearson interval at 95 % of the first."""
+    """A share as the mean over noises, that under each noise, and the Clopper-Pearson interval at 95 % of the mean.
+
+    The interval is that of the mean's count of the images, rounded to a whole one. It is as wide as under one noise:
+    what the mean over several of them averages out is not taken off.
+    """
 
     mean: float
     by_seed: tuple[float, ...]
@@ -24,12 +28,13 @@ class Rate:
         known = tuple(share for share in shares if share is not None)
         if not known:
             return None
-        return cls(sum(known) / len(known), known, interval_of(round(known[0] * of), of))
+        mean = sum(known) / len(known)
+        return cls(mean, known, interval_of(round(mean * of), of))
 
 
 @dataclass(frozen=True)
 class CleanResult:
-    """What a defense does to clean images: under the first noise, and each rate over all of them."""
+    """What a defense does to clean images: each rate over all noises, and the bare classifier's accuracy."""
 
     images: int
     undefended_accuracy: float
@@ -72,8 +77,9 @@ class AttackResult:
     ``corrected``, ``alerted`` and ``resisted`` are those of an ``ExampleRow``. ``resisted_of_attempts`` counts attempts
     that do not fool as resisted, and ``resisted_of_fooling`` none of them. ``success_within`` is the share of those
     images, up to as many as a lottery takes, that are once answered wrongly and not alerted within so many submissions.
-    ``seconds_per_image`` is what crafting took. ``untrusted`` names the sanity checks that the row fails, and
-    ``substitute`` tells of the one that the examples were crafted on, in scenario transfer.
+    ``seconds_per_image`` is what crafting took. ``untrusted`` names the sanity checks that the row fails, ``checked``
+    those that looked at it, passed or failed: where there is none nothing speaks for the attack. ``substitute`` tells
+    of the one that the examples were crafted on, in scenario transfer.
     """
 
     defense: str
@@ -99,7 +105,13 @@ class AttackResult:
     success_within: dict[str, float] | None
     seconds_per_image: float
     untrusted: tuple[str, ...] = ()
+    checked: tuple[str, ...] = ()
     substitute: SubstituteResult | None = None
+
+    @property
+    def unchecked(self) -> bool:
+        """Whether no sanity check looked at the row."""
+        return not self.checked
 
     @classmethod
     def over(
@@ -160,7 +172,7 @@ class SweepResult:
 
     ``robust_accuracy`` is, of the attempted images, the share that is answered rightly or alerted, as crafted, and
     ``distortion_l2`` the mean distance, each as the row of that value has it, which ``attacks`` names. ``untrusted``
-    says whether that row fails a sanity check.
+    says whether that row fails a sanity check, ``unchecked`` whether none looked at it.
     """
 
     defense: str
@@ -172,17 +184,19 @@ class SweepResult:
     robust_accuracy: tuple[float, ...]
     distortion_l2: tuple[float | None, ...]
     untrusted: tuple[bool, ...]
+    unchecked: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
 class Check:
     """What a sanity check found: ``told`` in a sentence, and ``attacks`` on a ``defense`` that are not to be trusted.
 
-    ``defense`` is None where the check is of the attack on the bare classifier.
+    ``passed`` is None where there was nothing to compare with, so that nothing was checked, and ``told`` says what was
+    missing. ``defense`` is None where the check is of the attack on the bare classifier.
     """
 
     name: str
-    passed: bool
+    passed: bool | None
     told: str
     defense: str | None
     scenario: Scenario

@@ -64,8 +64,9 @@ class Evaluation:
     ) -> None:
         """Take images uint8 (N, C, H, W) and classes (N,), in the order in which they are attempted.
 
-        ``query_images`` are what substitutes learn from in scenario transfer. Raises ``AttackUnknown`` and
-        ``SweepUnclear``, and ``ValueError`` where the classifier gets none right or a substitute has no images.
+        ``query_images`` are what substitutes learn from in scenario transfer. Raises ``AttackUnknown``,
+        ``SweepUnclear`` and ``ScenarioMissing``, and ``ValueError`` where the classifier gets none right or a
+        substitute has no images.
         """
         plan.parsed()
         self.classifier, self.plan, self.device = classifier, plan, device
@@ -120,7 +121,10 @@ class Evaluation:
         checks = tuple(self._checks(works, crafted, rows, sweeps, meters)) if self.plan.checks else ()
         complete = all(len(crafted[work].rows) == len(crafting.targets) for work, crafting in works.items())
         complete &= not self.workshop.wants_substitutes or len(substitutes) == len(self.defenses)
-        judged = tuple(replace(row, untrusted=sanity.untrusted_by(checks, row)) for row in rows)
+        judged = tuple(
+            replace(row, untrusted=sanity.untrusted_by(checks, row), checked=sanity.checked_by(checks, row))
+            for row in rows
+        )
         sweeps = tuple(self._sweeps(judged))
         return EvaluationResult(tuple(results), judged, sweeps, checks, tuple(samples), len(self.rows), complete)
 
@@ -163,6 +167,7 @@ class Evaluation:
         )
         yield from _efforts(works, crafted, meters)
         yield from sanity.white_box_is_best(rows)
+        yield from sanity.turns_the_defense(rows, broken)
         yield from sanity.knowledge_helps(rows)
         yield from sanity.transfer_is_weaker(rows)
         whole = {sweep.text: len(sweep.attacks) for sweep in self.workshop.sweeps}
@@ -190,6 +195,7 @@ def _swept(sweep: Sweep, present: Sequence[tuple[float, AttackResult]]) -> Sweep
         tuple(1.0 if row.resisted_of_attempts is None else row.resisted_of_attempts for row in rows),
         tuple(row.distortion_l2 for row in rows),
         tuple(bool(row.untrusted) for row in rows),
+        tuple(row.unchecked for row in rows),
     )
 
 

@@ -13,6 +13,9 @@ from defenses.evaluation.rows import AttackResult, Check, SweepResult
 LEAST_BROKEN = 0.5
 """The share of bare answers that an attack must turn."""
 
+LEAST_TURNED = 0.5
+"""How many answers of a defense an attack must turn for each bare one, whether alerted or not."""
+
 UNBOUNDED = 0.95
 """The share that an attack without a bound must win; verdicts that fall otherwise under other noise are the rest."""
 
@@ -23,12 +26,23 @@ MOST_LEFT = 0.05
 """The robust accuracy that may be left at the end of a sweep of the budget."""
 
 SLACK = 0.05
-"""By how much the best white box may be below the best black box, or a sweep rise, without meaning anything."""
+"""By how much one attack may be below another, or a sweep rise, without meaning anything."""
+
+BEST = "the best white box is not weaker than the best black box"
+"""What a check is called, whether or not there was anything to compare."""
 
 
 def won(row: AttackResult) -> float:
     """Return the share of the attempts that are answered wrongly and not alerted."""
     return 0.0 if row.resisted_of_attempts is None else 1 - row.resisted_of_attempts
+
+
+def turned(row: AttackResult) -> float:
+    """Return the share of the attempts that are answered wrongly, alerted or not; in A of those that fool alone."""
+    if row.corrected is None:
+        return 0.0
+    counted = row.fooling / row.attempted if row.scenario == "A" else 1.0
+    return (1 - row.corrected.mean) * counted
 
 
 def breaks_the_undefended(broken: Mapping[str, float]) -> Iterator[Check]:
@@ -80,26 +94,51 @@ def gains_little(effort: str, defense: str, attack: str, before: float, after: f
 
 
 def white_box_is_best(rows: Sequence[AttackResult]) -> Iterator[Check]:
-    """Check that where white and black boxes have the same norm and budget, the best white box wins as much."""
-    budgets: dict[tuple[str, str, float], list[AttackResult]] = {}
-    for row in rows:
-        if row.scenario == "B" and row.form == "as crafted" and "epsilon" in row.parameters:
-            budgets.setdefault((row.defense, row.norm, row.parameters["epsilon"]), []).append(row)
-    for (defense, norm, epsilon), group in budgets.items():
+    """Check that where white and black boxes have the same norm and budget, the best white box wins as much.
+
+    Attacks that look for the least distance have no budget, and are compared by how often they win. What stands beside
+    nothing of the other kind is told, for each defense, by a check that was not made.
+    """
+    alone: dict[str, list[AttackResult]] = {}
+    for (defense, norm, epsilon), group in _by_budget(rows).items():
         white = [row for row in group if row.sees == "gradients"]
         black = [row for row in group if row.sees != "gradients"]
-        if not (white and black):
+        if norm == "none" or not (white and black):
+            alone.setdefault(defense, []).extend(group)
             continue
         best, rival = max(white, key=won), max(black, key=won)
+        budget = "without a budget" if epsilon is None else f"{epsilon:.4g}"
         yield Check(
-            "the best white box is not weaker than the best black box",
+            BEST,
             won(best) >= won(rival) - SLACK,
-            f"On {defense}, {norm} {epsilon:.4g}: {best.attack} wins {_percent(won(best))}, {rival.attack} "
+            f"On {defense}, {norm} {budget}: {best.attack} wins {_percent(won(best))}, {rival.attack} "
             f"{_percent(won(rival))}.",
             defense,
             "B",
             tuple(row.attack for row in white),
         )
+    for defense, group in alone.items():
+        yield Check(BEST, None, _without_partner(defense, group), defense, "B", tuple(row.attack for row in group))
+
+
+def _by_budget(rows: Sequence[AttackResult]) -> dict[tuple[str, str, float | None], list[AttackResult]]:
+    """Return the rows of scenario B by defense, norm and budget, None where an attack has none."""
+    budgets: dict[tuple[str, str, float | None], list[AttackResult]] = {}
+    for row in rows:
+        if row.scenario == "B" and row.form == "as crafted" and row.attack != ANOTHER_IMAGE:
+            budgets.setdefault((row.defense, row.norm, row.parameters.get("epsilon")), []).append(row)
+    return budgets
+
+
+def _without_partner(defense: str, rows: Sequence[AttackResult]) -> str:
+    white = [row.attack for row in rows if row.sees == "gradients"]
+    black = [row.attack for row in rows if row.sees != "gradients"]
+    missing = [
+        f"no {other} box of the same norm and budget was run beside {', '.join(names)}"
+        for other, names in (("black", white), ("white", black))
+        if names
+    ]
+    return f"Not compared: on {defense} {', and '.join(missing)}."
 
 
 def transfer_is_weaker(rows: Sequence[AttackResult]) -> Iterator[Check]:
@@ -124,7 +163,11 @@ def transfer_is_weaker(rows: Sequence[AttackResult]) -> Iterator[Check]:
 
 
 def knowledge_helps(rows: Sequence[AttackResult]) -> Iterator[Check]:
-    """Check that an attack on a defense wins no less than the same on the bare classifier: gradients may be masked."""
+    """Check that an attack on a defense wins and turns no less than the same on the bare classifier.
+
+    Gradients may be masked. Against a detector that alerts of nearly everything both win little, and what is turned,
+    alerted or not, tells them apart.
+    """
     crafted = {(row.defense, row.attack, row.scenario): row for row in rows if row.form == "as crafted"}
     for (defense, attack, scenario), row in crafted.items():
         blind = crafted.get((defense, attack, "A"))
@@ -132,12 +175,33 @@ def knowledge_helps(rows: Sequence[AttackResult]) -> Iterator[Check]:
             continue
         yield Check(
             "knowing the defense helps the attacker",
-            won(row) >= won(blind) - SLACK,
-            f"{attack} wins {_percent(won(row))} of the attempts when crafted on {defense}, and {_percent(won(blind))} "
-            "when crafted on the classifier.",
+            won(row) >= won(blind) - SLACK and turned(row) >= turned(blind) - SLACK,
+            f"{attack} wins {_percent(won(row))} of the attempts and turns {_percent(turned(row))} when crafted on "
+            f"{defense}, and {_percent(won(blind))} and {_percent(turned(blind))} when crafted on the classifier.",
             defense,
             "B",
             (attack,),
+        )
+
+
+def turns_the_defense(rows: Sequence[AttackResult], broken: Mapping[str, float]) -> Iterator[Check]:
+    """Check that an attack that follows gradients through a defense turns half as many answers as without one.
+
+    Alerted or not: a detector does not stop a gradient. ``broken`` is the share of bare answers that each turns, by
+    name, and those that are not in it are left out.
+    """
+    for row in rows:
+        if row.scenario != "B" or row.form != "as crafted" or row.sees != "gradients" or row.attack not in broken:
+            continue
+        least = max(0.0, LEAST_TURNED * broken[row.attack] - SLACK)
+        yield Check(
+            "turns answers of the defense",
+            turned(row) >= least,
+            f"{row.attack} turns {_percent(turned(row))} of the answers of {row.defense}, alerted or not, and "
+            f"{_percent(broken[row.attack])} of the bare ones; at least {_percent(least)} are expected.",
+            row.defense,
+            "B",
+            (row.attack,),
         )
 
 
@@ -162,15 +226,22 @@ def budget_breaks_all(sweeps: Iterable[SweepResult]) -> Iterator[Check]:
 
 def untrusted_by(checks: Iterable[Check], row: AttackResult) -> tuple[str, ...]:
     """Return the names of the failed checks that a row is told of by."""
-    return tuple(
-        dict.fromkeys(
-            check.name
-            for check in checks
-            if not check.passed
-            and row.attack in check.attacks
-            and (check.defense is None or (check.defense == row.defense and check.scenario == row.scenario))
-        )
-    )
+    return _names(check for check in checks if check.passed is False and _looks_at(check, row))
+
+
+def checked_by(checks: Iterable[Check], row: AttackResult) -> tuple[str, ...]:
+    """Return the names of the checks that looked at a row, whether it passed or failed them."""
+    return _names(check for check in checks if check.passed is not None and _looks_at(check, row))
+
+
+def _looks_at(check: Check, row: AttackResult) -> bool:
+    if row.attack not in check.attacks:
+        return False
+    return check.defense is None or (check.defense, check.scenario) == (row.defense, row.scenario)
+
+
+def _names(checks: Iterable[Check]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(check.name for check in checks))
 
 
 def _percent(share: float) -> str:

@@ -53,7 +53,7 @@ def comparison_tables(comparison: "Comparison") -> Group:
     table.caption = (
         "Worse and better: the 95 % interval of the difference, Newcombe's, excludes 0. Of many rates that are alike "
         "up to one in twenty does so by chance. Over the same images it is rather too wide. In brackets: images. !: a "
-        "check failed."
+        "check failed. ?: no check looked at it."
     )
     table.add_column("rate", overflow="fold")
     for heading in ("A", "B", "B - A", "95 %"):
@@ -76,10 +76,11 @@ def comparison_tables(comparison: "Comparison") -> Group:
 
 def _cells(each: "Difference") -> tuple[Text, ...]:
     low, high = each.interval
-    untrusted = " !" if each.first.untrusted or each.second.untrusted else ""
+    both = (each.first, each.second)
+    mark = " !" if any(share.untrusted for share in both) else " ?" if any(share.unchecked for share in both) else ""
     verdict = "worse" if each.worse else "better" if each.better else ""
     return (
-        Text(_rate(each.place) + untrusted),
+        Text(_rate(each.place) + mark),
         Text(_share(each.first)),
         Text(_share(each.second)),
         Text(f"{100 * each.difference:+.1f}"),

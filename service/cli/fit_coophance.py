@@ -114,6 +114,7 @@ def coophance(
         from service.fit_coophance import publish_coophance
         from service.fit_plan import chosen_plan, read_widths
 
+        _check_attacks(attack or [])
         plan = chosen_plan(
             preset,
             fit={
@@ -177,3 +178,14 @@ def coophance(
             as_json=as_json,
             advice="fit longer",
         )
+
+
+def _check_attacks(texts: list[str]) -> None:
+    """Refuse attacks that no defense can be fitted to, as a wrong use of the command."""
+    from defenses.attacks import AttackUnsuitable, attack_to_fit
+
+    for text in texts:
+        try:
+            attack_to_fit(text)
+        except AttackUnsuitable as error:
+            raise typer.BadParameter(str(error), param_hint="--attack") from error

@@ -63,11 +63,12 @@ class Asked:
 def evaluation(
     asked: Asked, plan: "EvaluationPlan", *, cache: Path | None, minutes: float | None, report: Path | None
 ) -> Measured:
-    """Evaluate published versions from the store."""
+    """Evaluate published versions from the store; what no scenario has an attack for is told before they are read."""
     from service.evaluation import evaluate_defenses, load_subjects
     from service.hardware import find_device
     from service.tables import evaluation_tables
 
+    plan.parsed()
     device = find_device(asked.device)
     subjects = load_subjects(asked.models, asked.names)
     if not any(subject.noisy_by_design for subject in subjects) and (plan.confusion is not None or not plan.noise):

@@ -58,11 +58,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Share:
-    """Hold a rate, the images that it is over, and whether a failed check makes it untrusted."""
+    """Hold a rate, the images that it is over, and whether a check of its attack failed, or none was made."""
 
     rate: float
     images: int
     untrusted: bool = False
+    unchecked: bool = False
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ def _shares(report: EvaluationReport) -> Iterator[tuple[Place, Share]]:
                 parameters = tuple(sorted(row.parameters.items()))
                 images = row.fooling if row.scenario == "A" else row.attempted
                 place = Place("resisted", each.name, each.method, row.scenario, row.attack, parameters, row.form)
-                yield place, Share(row.resisted.mean, images, bool(row.untrusted))
+                yield place, Share(row.resisted.mean, images, bool(row.untrusted), row.unchecked)
 
 
 def _unlike(first: EvaluationReport, second: EvaluationReport) -> Iterator[str]:

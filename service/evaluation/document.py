@@ -8,7 +8,7 @@ from defenses.evaluation.plan import EvaluationPlan
 from defenses.evaluation.rows import AttackResult, Check, CleanResult, SweepResult
 from service.evaluation.published import PublishedRow
 
-SCHEMA = 1
+SCHEMA = 2
 """Counts up when a field changes its meaning or goes."""
 
 

@@ -16,8 +16,9 @@ TABLE = "published.csv"
 class PublishedRow:
     """A row that was measured, as crafted, beside the paper's for the same kind of defense, attack and scenario.
 
-    The paper fits each defense anew on the very attack that it is tested on. ``measured_interval`` is that of the first
-    noise, over ``measured_of`` images, and ``untrusted`` says whether the row fails a sanity check.
+    The paper fits each defense anew on the very attack that it is tested on. ``measured_interval`` is that of the mean
+    over the noises, over ``measured_of`` images, ``untrusted`` says whether the row fails a sanity check, and
+    ``unchecked`` whether none looked at it.
     """
 
     defense: str
@@ -31,6 +32,7 @@ class PublishedRow:
     published_auc: float | None
     measured_auc: float | None
     untrusted: bool
+    unchecked: bool
 
 
 def beside_published(
@@ -66,6 +68,7 @@ def _compared(
                 _number(found["auc"]),
                 row.auc,
                 bool(row.untrusted),
+                row.unchecked,
             )
 
 

@@ -45,12 +45,12 @@ def evaluate_defenses(
 ) -> Evaluated:
     """Evaluate versions of one classifier on a data set's test split, and keep what is crafted in ``cache``.
 
-    Substitutes learn from what the defenses answer to the fit split, and are measured on the validation split.
-    The defenses are moved to the device, and their confusion layers switched as the plan says. What is kept there
-    already is not crafted again; after ``minutes`` nothing more is begun, and the report is not complete. The same plan
-    on the same machine gives the same report but for its times. Raises ``AttackUnknown`` and ``SweepUnclear`` before
-    anything is computed, what the attacks and ``distil`` raise, ``StageNotKept``, and ``ValueError`` for a classifier
-    that gets nothing right.
+    Substitutes learn from what the defenses answer to the fit split, and are measured on the validation split. The
+    defenses are moved to the device, and their confusion layers switched as the plan says. What is kept there already
+    is not crafted again; after ``minutes`` nothing more is begun, and the report is not complete. The same plan on the
+    same machine gives the same report but for its times. Raises ``AttackUnknown``, ``SweepUnclear`` and
+    ``ScenarioMissing`` before anything is computed, what the attacks and ``distil`` raise, ``StageNotKept``, and
+    ``ValueError`` for a classifier that gets nothing right.
     """
     plan.parsed()
     deadline = float("inf") if minutes is None else time.monotonic() + 60 * minutes

@@ -124,7 +124,7 @@ def _groups(report: EvaluationReport, rows: Sequence[AttackResult]) -> Iterator[
     defenses = by_name(report)
     for attack in dict.fromkeys(row.attack for row in rows):
         of_attack = [row for row in rows if row.attack == attack]
-        failed = [check for check in report.checks if not check.passed and attack in check.attacks]
+        failed = [check for check in report.checks if check.passed is False and attack in check.attacks]
         lines = tuple(
             Line(
                 defenses[row.defense],
@@ -193,8 +193,8 @@ def sweep_tables(report: EvaluationReport) -> tuple[SweepTable, ...]:
 
 
 def checks_failed_first(checks: Iterable[Check]) -> tuple[Check, ...]:
-    """Return the checks, those that failed before those that passed."""
-    return tuple(sorted(checks, key=lambda check: check.passed))
+    """Return the checks: those that failed, those that passed, and those that had nothing to compare with."""
+    return tuple(sorted(checks, key=lambda check: (check.passed is None, check.passed)))
 
 
 def plan_terms(plan: EvaluationPlan) -> Iterator[tuple[str, object]]:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from defenses.attacks import AdversarialExamples, Attack, Facts
 from defenses.coophance import Regulator, RegulatorConfig, Selection, select
+from defenses.coophance.selection import NothingToChooseBy, answers_of
 
 CPU = torch.device("cpu")
 
@@ -89,16 +90,33 @@ def test_a_selection_survives_json():
     assert Selection.from_json(selection.as_json()) == selection
 
 
+def without_examples(*strengths: float) -> Selection:
+    return select(
+        Brightness(),
+        {1: brightening(0.1)},
+        strengths,
+        CLEAN,
+        [attacked(0.9)],
+        0.1,
+        seed=0,
+        device=CPU,
+        progress=lambda stage, done, total: None,
+    )
+
+
 def test_nothing_to_choose_by_is_refused():
-    with pytest.raises(ValueError, match="that fool the classifier, to choose by"):
-        select(
-            Brightness(),
-            {1: brightening(0.1)},
-            (1.0,),
-            CLEAN,
-            [attacked(0.9)],
-            0.1,
-            seed=0,
-            device=CPU,
-            progress=lambda stage, done, total: None,
-        )
+    with pytest.raises(NothingToChooseBy, match="to choose the stopping point and the strength by; there are none"):
+        without_examples(0.5, 1.0)
+
+
+def test_the_only_candidate_needs_no_examples():
+    selection = without_examples(1.0)
+    assert (selection.chosen.step, selection.chosen.strength, selection.chosen.corrected) == (1, 1.0, None)
+    assert selection.chosen.accuracy == 0.9
+    assert selection.within
+    assert Selection.from_json(selection.as_json()) == selection
+
+
+def test_the_answers_are_counted_in_batches():
+    images = torch.cat([CLEAN[0]] * 30)
+    assert answers_of(Brightness(), images, CPU).tolist() == CLEAN[1].tolist() * 30

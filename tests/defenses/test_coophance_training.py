@@ -4,7 +4,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from defenses.coophance import Augmentation, RegulatorConfig, TrainedRegulator, TrainingPlan, fit_regulator, steps_in
+from defenses.coophance import (
+    Augmentation,
+    RegulatorConfig,
+    RegulatorPlan,
+    TrainedRegulator,
+    TrainingPlan,
+    fit_regulator,
+    steps_in,
+)
 from defenses.coophance.trainer import Trainer
 from defenses.stages import Stages
 
@@ -168,6 +176,27 @@ def test_a_time_budget_buys_steps_in_proportion():
     few, many = (steps_in(CONFIG, plan(steps=1), seconds, device=CPU) for seconds in (1.0, 20.0))
     assert few < many
     assert steps_in(CONFIG, plan(steps=1), 0.0, device=CPU) == 5
+
+
+@pytest.mark.parametrize(
+    ("images", "epochs", "batch_size", "expected"),
+    [(60, 20, 128, (20, 60)), (128, 20, 128, (20, 128)), (1280, 2.5, 128, (25, 128)), (200, 3, 64, (9, 64))],
+)
+def test_so_many_epochs_are_trained_as_were_asked_for(images, epochs, batch_size, expected):
+    training = RegulatorPlan(epochs=epochs, batch_size=batch_size).training(images, 0, CPU)
+    assert (training.steps, training.batch_size) == expected
+    assert training.steps * training.batch_size / images == pytest.approx(epochs, rel=0.05)
+
+
+def test_the_precision_is_settled_by_the_device(monkeypatch):
+    for has, found in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr("defenses.coophance.plan.has_bfloat16", lambda device, has=has: has)
+        automatic = RegulatorPlan(epochs=3)
+        assert automatic.settled(CPU) == RegulatorPlan(epochs=3, precision=found)
+        assert automatic.training(100, 0, CPU) == automatic.settled(CPU).training(100, 0, CPU)
+        assert automatic.training(100, 0, CPU).precision == found
+        for given in ("float32", "bfloat16"):
+            assert RegulatorPlan(precision=given).settled(CPU).precision == given
 
 
 def test_augmentation_without_amplitude_is_the_identity():

@@ -64,6 +64,7 @@ def result(name: str, attack: str, resisted: int | None, *, scenario: str = "A",
         curve=((0.0, 0.0), (1.0, 1.0)),
         success_within={"1": 0.1, "10": 0.2, "100": 0.3},
         seconds_per_image=0.1,
+        checked=("repeats from its seed",),
     )
 
 
@@ -270,6 +271,20 @@ def test_the_command_prints_the_differences_and_fails_only_where_asked(first, tm
     assert portcullis(before, before, "--fail-on-worse")[0] == 0
 
 
+def test_a_rate_that_no_check_looked_at_is_marked_and_said_to_be(first, tmp_path, monkeypatch):
+    unchecked = replace(result("cats@2", FGSM, 200), checked=())
+    other = with_rows(first, unchecked)
+    found = told(compare(first, other))["resisted", "cats@2", "A", FGSM]
+    assert (found.first.unchecked, found.second.unchecked) == (False, True)
+    before, after = written(first, tmp_path / "a.json"), written(other, tmp_path / "b.json")
+    monkeypatch.setenv("COLUMNS", "160")
+    status, output = portcullis(before, after)
+    assert status == 0, output
+    assert output.count("as crafted ?") == 1
+    assert "?: no check looked at it." in output
+    assert "as crafted ?" not in portcullis(before, before)[1]
+
+
 def test_the_json_says_the_same(first, tmp_path):
     before = written(first, tmp_path / "a.json")
     after = written(with_rows(first, result("cats@2", FGSM, 120)), tmp_path / "b.json")
@@ -298,7 +313,7 @@ def test_names_with_brackets_are_printed_as_they_are(first, tmp_path):
         ("[1]", ReportUnreadable, "it names no schema"),
         ('{"model": "cats", "clean": {}}', ReportUnreadable, "it names no schema"),
         ('{"schema": 99}', SchemaUnknown, f"of schema {SCHEMA}, got "),
-        ('{"schema": 1}', ReportUnreadable, "classifier: Field required"),
+        (f'{{"schema": {SCHEMA}}}', ReportUnreadable, "classifier: Field required"),
     ],
 )
 def test_what_is_no_evaluation_is_refused_with_the_reason(first, tmp_path, text, error, told_of):

@@ -100,7 +100,12 @@ def test_every_kind_of_check_is_made(report):
         "more effort wins no more",
         "a growing budget breaks the defense",
         "knowing the defense helps the attacker",
+        "turns answers of the defense",
+        "the best white box is not weaker than the best black box",
     }
+    missing = [check for check in report["checks"] if check["passed"] is None]
+    assert [check["defense"] for check in missing] == ["digits@1", "digits@2"], "there is no black box"
+    assert all(check["name"].startswith("the best white box") for check in missing)
     repeats = [check for check in report["checks"] if check["name"] == "repeats from its seed"]
     assert all(check["passed"] for check in repeats)
     assert {check["attacks"][0] for check in repeats} >= {FGSM, PGD, BLIND}
@@ -109,10 +114,33 @@ def test_every_kind_of_check_is_made(report):
     assert all(check["passed"] for check in wins)
 
 
+def test_each_row_names_the_checks_that_looked_at_it(report):
+    row = row_of(report, "digits@2", "B", PGD)
+    both = {"breaks the undefended classifier", "repeats from its seed"}
+    on_the_defense = {"turns answers of the defense", "knowing the defense helps the attacker"}
+    assert set(row["checked"]) == both | on_the_defense | {"more effort wins no more"}
+    assert set(row_of(report, "digits@2", "A", PGD)["checked"]) == both
+    sweeps = {(sweep["defense"], sweep["scenario"]): sweep for sweep in report["sweeps"]}
+    assert sweeps["digits@2", "A"]["unchecked"] == [True, True, False], "the largest value alone is tried undefended"
+    assert sweeps["digits@2", "B"]["unchecked"] == [False, False, False]
+
+
+def test_rows_that_no_check_looked_at_are_marked(nip_store):
+    words = ["evaluate", "digits@2", "--data", "digits", "--attack", FGSM, "--limit", "5", "--no-checks"]
+    words += ["--store", str(nip_store), "--device", "cpu"]
+    shown = CliRunner().invoke(app, words, env={"COLUMNS": "160"})
+    assert shown.exit_code == 0, shown.output
+    assert "digits@2 ?" in shown.output
+    assert "?: unchecked, no check looked at it." in re.sub(r"\s+", " ", shown.output)
+    assert all(row["checked"] == [] for row in json.loads(CliRunner().invoke(app, [*words, "--json"]).output)["rows"])
+
+
 def test_a_black_box_that_does_better_than_the_white_box_is_told(nip_store):
     arguments = ["--data", "digits", "--scenario", "B", "--attack", BLACK_TWIN, "--attack", NOISE]
     report = evaluated(nip_store, "digits@2", *arguments, "--limit", "20", "--device", "cpu")
     (check,) = [each for each in report["checks"] if each["name"].startswith("the best white box")]
+    (draws,) = [each for each in report["checks"] if each["attacks"] == [NOISE] and "more effort" in each["name"]]
+    assert "with twice the repeats (20 attempts)" in draws["told"]
     noise, blind = (row_of(report, "digits@2", "B", name)["resisted_of_attempts"] for name in (NOISE, BLACK_TWIN))
     assert check["passed"] == (1 - blind >= 1 - noise - 0.05)
     assert not check["passed"], "a hundred draws do better than one"

@@ -61,7 +61,9 @@ PLAN = EvaluationPlan(
     lottery=2,
 )
 PUBLISHED = PublishedRow(
-    "digits@2", "lid", "A", "fgsm:epsilon=48/255", 0.9235, 0.875, (0.6, 0.97), 16, 0.9852, None, untrusted=True
+    *("digits@2", "lid", "A", "fgsm:epsilon=48/255", 0.9235, 0.875, (0.6, 0.97), 16, 0.9852, None),
+    untrusted=True,
+    unchecked=False,
 )
 
 
@@ -154,7 +156,7 @@ def evaluated(measured) -> Evaluated:
         else replace(row, untrusted=())
         for row in measured.report.rows
     )
-    passed = tuple(replace(check, passed=True) for check in measured.report.checks)
+    passed = tuple(replace(check, passed=None if check.passed is None else True) for check in measured.report.checks)
     report = replace(measured.report, rows=rows, checks=(*passed, *failed), published=(PUBLISHED,))
     return replace(measured, report=report)
 
@@ -332,14 +334,40 @@ def test_untrusted_rows_are_marked_with_what_failed(page, evaluated):
 
 def test_failed_checks_come_first_and_passed_ones_after_them(page, evaluated):
     assert [row[0] for row in cells(page, "failed")[1:]] == ["failed", "failed"]
-    assert (
-        page.locator(".findings").inner_text().startswith(f"2 of {len(evaluated.report.checks)} sanity checks failed")
-    )
+    made = sum(check.passed is not None for check in evaluated.report.checks)
+    assert page.locator(".findings").inner_text().startswith(f"2 of {made} sanity checks failed")
     page.locator("details:has(#passed) summary").click()
     passed = cells(page, "passed")[1:]
-    assert len(passed) == len(evaluated.report.checks) - 2
+    assert len(passed) == made - 2
     assert {row[0] for row in passed} == {"passed"}
     assert "other-image wins" in page.locator("#passed").inner_text()
+
+
+def test_checks_that_had_nothing_to_compare_with_are_told_apart(page, evaluated):
+    page.locator("details:has(#missing) summary").click()
+    missing = cells(page, "missing")[1:]
+    assert [(row[0], row[2]) for row in missing] == [("not made", f"digits@{version}") for version in range(1, 5)]
+    assert "no black box of the same norm and budget was run beside fgsm:epsilon=48/255" in missing[0][1]
+
+
+def test_rows_that_no_check_looked_at_are_marked_as_unchecked(browser, page, evaluated):
+    unchecked = sum(row.unchecked for row in evaluated.report.rows)
+    assert unchecked == 4 * 2, "the least value of the sweep, in scenario A, of four defenses, in two forms"
+    for summary in page.locator("#results details summary").all():
+        summary.click()
+    badges = page.locator("#results th .badge.unchecked")
+    assert badges.all_inner_texts() == ["unchecked"] * unchecked
+    assert cells(page, "sweep-1")[1][1].count("(?)") == 1
+    assert "No check looked at the rows that are marked as unchecked" in page.locator("#checks").inner_text()
+    rows = tuple(replace(row, checked=(), untrusted=()) for row in evaluated.report.rows)
+    published = (replace(PUBLISHED, untrusted=False, unchecked=True),)
+    shown = browser.new_page()
+    shown.set_content(render(Evaluated(replace(evaluated.report, rows=rows, checks=(), published=published), ())))
+    assert shown.locator("#results th .badge.unchecked").count() == len(rows)
+    assert shown.locator("#overview-A td abbr").all_inner_texts() == ["(?)"] * 8
+    assert cells(shown, "paper")[1][4].endswith("of 16) unchecked")
+    assert "The attacks themselves were not checked." in shown.locator("#checks").inner_text()
+    shown.close()
 
 
 def test_an_incomplete_evaluation_says_so_in_large_letters(browser, evaluated, tmp_path, page):
@@ -362,7 +390,7 @@ def test_the_sweeps_and_their_figures_tell_the_same(page, values):
         assert [float(each) for each in heading[1:]] == pytest.approx(sweep["values"], rel=1e-3)
         (row,) = (row for row in rows if sweep["defense"] in row[0])
         for cell, share, distance in zip(row[1:], sweep["robust_accuracy"], sweep["distortion_l2"], strict=True):
-            assert cell == f"{100 * share:.1f} % {distance:.3f}", number
+            assert re.sub(r" \([!?]\)", "", cell) == f"{100 * share:.1f} % {distance:.3f}", number
     described = page.locator("#budget-0-desc").text_content()
     first = values["sweeps"][0]["robust_accuracy"]
     assert f"no defense (digits@1): from {100 * first[0]:.1f} % to {100 * first[-1]:.1f} %" in described

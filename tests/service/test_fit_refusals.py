@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from typer.testing import CliRunner
 
 from defenses.checkpoint import save_regulator
 from defenses.coophance import Regulator, RegulatorConfig
-from model_store import Draft, InputSpec, Store
+from model_store import DataRecord, Draft, InputSpec, Store
 from service.cli import app
+from service.datasets import Dataset, load_dataset
 from service.register import Declaration, register
 
 LABELS = ("left", "middle", "right")
@@ -153,6 +155,25 @@ def test_options_that_cannot_be(registered, images, arguments, told):
     check_refused(registered, told, "scaled", "--data", images, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("attack", "told"),
+    [
+        ("joint", "got 'joint', which is run on a defense"),
+        ("other-image", "which takes another image in place"),
+        ("pgd-blind", "which is broken on purpose"),
+    ],
+)
+def test_attacks_that_no_defense_can_be_fitted_to(registered, images, monkeypatch, attack, told):
+    monkeypatch.setenv("COLUMNS", "400")  # so that no sentence is broken
+    status, output = portcullis(
+        "fit", "coophance", "scaled", "--data", images, "--attack", attack, "--store", registered
+    )
+    assert status == 2
+    assert "Invalid value for --attack: Expected an attack to fit on that changes images" in output
+    assert told in output
+    assert not (registered / "fits").exists() or not list((registered / "fits").glob("[0-9a-f]*"))
+
+
 def test_a_regulator_that_was_fitted_on_other_images_is_warned_about(registered, images, monkeypatch):
     monkeypatch.setattr("service.fit.memory_available", lambda: 2**20)
     arguments = ("scaled", "--data", images, "--regulator", "drawings-16@1", "--store", registered)
@@ -161,6 +182,65 @@ def test_a_regulator_that_was_fitted_on_other_images_is_warned_about(registered,
     assert (
         "portcullis: The Regulator drawings-16@1 was fitted on an unknown data set, this fit is on drawings" in output
     )
+
+
+def other_seed_told(reference: str) -> str:
+    return f"{reference} was fitted on these images as --seed 0 splits them, and may know those that are to be new"
+
+
+def loaded(images: Path, seed: int = 0) -> Dataset:
+    return load_dataset([str(images)], InputSpec(shape=SHAPE, mode="L"), labels=LABELS, split_seed=seed)
+
+
+def fitted_on(dataset: Dataset) -> DataRecord:
+    return DataRecord(name=dataset.name, digest=dataset.digest, split_seed=dataset.split_seed, counts={"fit": 1})
+
+
+@pytest.fixture
+def regulator_of(registered, tmp_path) -> Callable[[Path], str]:
+    """Publish a Regulator that was fitted on images with the seed 0, and return its reference."""
+
+    def published(images: Path) -> str:
+        (tmp_path / "regulator").mkdir()
+        save_regulator(Regulator(RegulatorConfig(SHAPE)), tmp_path / "regulator")
+        spec = InputSpec(shape=SHAPE, mode="L")
+        draft = Draft(kind="regulator", input=spec, labels=(), data=fitted_on(loaded(images)))
+        manifest = Store.open(registered / "regulators").publish(f"of-{images.name}", draft, tmp_path / "regulator")
+        return f"{manifest.name}@{manifest.version}"
+
+    return published
+
+
+def test_a_regulator_that_knows_what_is_to_be_new_to_it(registered, images, regulator_of):
+    reference = regulator_of(images)
+    arguments = ("scaled", "--data", images, "--regulator", reference)
+    check_refused(registered, other_seed_told(reference), *arguments, "--seed", "1")
+
+
+@pytest.mark.parametrize(("layout", "seed"), [("plain", 0), ("train and test", 1)])
+def test_a_regulator_that_knows_nothing_of_it_goes_on(registered, tmp_path, regulator_of, monkeypatch, layout, seed):
+    folder = tmp_path / "images"
+    for part in (folder,) if layout == "plain" else (folder / "train", folder / "test"):
+        images_of(part)
+    reference = regulator_of(folder)
+    monkeypatch.setattr("service.fit.memory_available", lambda: 2**20)
+    arguments = ("scaled", "--data", folder, "--regulator", reference, "--seed", seed)
+    check_refused(registered, "of memory, but only 1.0 MiB are available", *arguments)
+
+
+@pytest.mark.parametrize("method", ["coophance", "nip", "baseline"])
+def test_a_classifier_that_was_trained_on_what_is_to_be_new_to_it(registered, images, tmp_path, method):
+    store = tmp_path / "store"
+    shutil.copytree(registered, store)
+    models = Store.open(store / "models")
+    folder = models.fetch("scaled").folder
+    draft = Draft(kind="classifier", input=InputSpec(shape=SHAPE, mode="L"), labels=LABELS)
+    (tmp_path / "payload").mkdir()
+    shutil.copy(folder / "model.onnx", tmp_path / "payload")
+    trained = draft.model_copy(update={"data": fitted_on(loaded(images))})
+    models.set_alias("robust", "serving", models.publish("robust", trained, tmp_path / "payload").version)
+    arguments = ("robust", *(("--method", "jpeg") if method == "baseline" else ()), "--data", images, "--seed", "1")
+    check_refused(store, other_seed_told("robust@1"), *arguments, method=method)
 
 
 def test_a_model_that_is_not_there(registered, images):
@@ -207,6 +287,7 @@ def test_too_little_disk(registered, images, monkeypatch):
         (["--accuracy-loss", "1"], "Expected an accuracy_loss of 0 or more and below 1, got 1.0."),
         ([*PAPER, "--inspector", "scaled@1"], "Expected no --inspector where --preset paper is given, got scaled@1."),
         (["--inspector", "scaled@1", "--push", "inverse"], "Expected options of a correction, with --inspector, got"),
+        (["--inspector", "scaled@1", "--attack", "other-image"], "got 'other-image', which takes another image in pla"),
         (["--inspector", "scaled@1"], "to take the alerts from, got scaled@1, which is of kind classifier"),
         (["--inspector", "scaled@1", "--budget", "0.001"], "needs at least 999 benign calibration images"),
         (["--attack", "fgms"], "Expected an attack such as fgsm"),

@@ -474,6 +474,20 @@ def test_what_deserves_a_second_look_is_told(fitted, splits, tmp_path):
     assert f"Less than half of what {ATTACK} makes is resisted." in told
 
 
+def test_a_fit_for_which_nothing_was_chosen_by_attacks_says_so(fitted, splits, tmp_path):
+    only = replace(fitted.selection.chosen, corrected=None)
+    selection = replace(fitted.selection, chosen=only, tried=(only,))
+    changed = replace(fitted, selection=selection, inspector=replace(fitted.inspector, areas={}))
+    write_report(changed, tmp_path, name="digits", draft=draft_of(fitted, splits), device=CPU)
+    report = strict((tmp_path / JSON_FILE).read_text(encoding="utf-8"))
+    assert (report["selection"]["chosen"]["corrected"], report["inspector"]["areas"]) == (None, [])
+    page = Page((tmp_path / PAGE_FILE).read_text(encoding="utf-8"))
+    assert "no attacked validation image fools the classifier, so that nothing is told of how it does" in page.text
+    shown = {element.get("id") for _, element in page.elements}
+    assert "loss-title" in shown
+    assert not shown & {"selection-title", "penalties"}
+
+
 def test_a_draft_of_something_else_is_refused_by_name(fitted, splits, tmp_path):
     draft = draft_of(fitted, splits, parent=None, options={})
     with pytest.raises(DraftIncomplete, match=r"got one without parent, options\.plan\.") as refused:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from defenses.coophance import FitPlan, RegulatorPlan
 from loadtest.kill_fit import (
     WEIGHTS,
     FitFailed,
@@ -25,6 +27,9 @@ from loadtest.kill_fit import (
 )
 from model_store import Fetched, Store
 from service.cli import app
+from service.datasets import load_dataset
+from service.fit_coophance import publish_coophance
+from service.fit_job import FitJobs
 
 QUICK = ["--data", "digits", "--examples", "60", "--attack", "fgsm:epsilon=48/255", "--strength", "0.8"]
 QUICK += ["--most-features", "64", "--inverse-penalty", "0.001"]
@@ -145,6 +150,27 @@ def test_a_fit_goes_on_after_a_full_disk_and_after_being_cut_off_while_publishin
     assert "This fit was finished before: it is published as digits@2." in output
     check_equal(undisturbed.version, published_by(copy, store, "digits"))
     assert Store.open(copy / "regulators").versions("digits-1x32x32") == [1]
+
+
+def test_the_precision_that_a_machine_trains_in_is_part_of_what_a_fit_is(store, tmp_path, monkeypatch):
+    copy = copy_of(store, tmp_path / "store", "digits")
+    classifier = Store.open(copy / "models").fetch("digits", 1)
+    manifest = classifier.manifest
+    dataset = load_dataset(["digits"], manifest.input, labels=manifest.labels, split_seed=0)
+    small = RegulatorPlan(channels=(8,), skip_channels=(4,))
+    plan = FitPlan(attacks=("fgsm:epsilon=48/255",), examples=20, regulator=small)
+
+    def cut_once_something_is_kept(stage: str, done: int, total: int) -> None:
+        if "validation" in stage:
+            raise Cut
+
+    for has, precision in ((True, "auto"), (False, "bfloat16"), (True, "auto")):
+        monkeypatch.setattr("defenses.coophance.plan.has_bfloat16", lambda device, has=has: has)
+        asked = replace(plan, regulator=replace(plan.regulator, precision=precision))
+        with pytest.raises(Cut):
+            publish_coophance(copy, classifier, dataset, asked, device="cpu", progress=cut_once_something_is_kept)
+    (left,) = FitJobs(copy / "fits").unfinished()
+    assert left.record.identity["plan"]["regulator"]["precision"] == "bfloat16"
 
 
 def test_a_regulator_is_used_again_and_not_published_again(undisturbed, tmp_path):
