@@ -94,8 +94,8 @@ class CoophanceSize:
 
     @property
     def kept_examples(self) -> Part:
-        """What is kept of the examples: all but x."""
-        count = self.fitted_on + self.attacks * min(self.test_examples, self.test)
+        """What is kept of the examples, all but x: every attack's, and one's again in the pieces that it is made of."""
+        count = self.fitted_on + self.attacks * min(self.test_examples, self.test) + min(self.examples, self.fit)
         return Part("the adversarial examples", count * (4 * math.prod(self.image_shape) + 18), FEWER_EXAMPLES)
 
     @property

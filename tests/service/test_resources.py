@@ -40,7 +40,7 @@ def test_the_arithmetic_is_the_one_described():
     assert CIFAR.activations.size == 3 * 2_400 * 4 * 3072 + 2 * 4 * (2_000 + 1_200) * 16_384
     assert CIFAR.training.size == 2 * 128 * 1_700_000 + 16 * 2_000_000
     assert CIFAR.attack.size == 2 * 128 * 770_000 + 1_100_000
-    assert CIFAR.kept_examples.size == 3 * 2_700 * (4 * 3072 + 18)
+    assert CIFAR.kept_examples.size == (3 * 2_700 + 2_000) * (4 * 3072 + 18)
 
 
 def test_a_data_set_smaller_than_the_plan_counts_for_what_it_has():
