@@ -62,9 +62,10 @@ class Running:
 
     @property
     def ended(self) -> bool:
-        """Whether the server is gone, as one is whose status nobody has asked for yet."""
+        """Whether the server is gone, as one is that has let go of its memory, or whose status nobody asked for yet."""
         try:
-            return bool(psutil.Process(self.pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD))
+            first = psutil.Process(self.pid)
+            return first.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) or not first.memory_info().rss
         except psutil.NoSuchProcess:
             return True
 
@@ -77,13 +78,13 @@ class Running:
 
     def _sum(self, of: Callable[[psutil.Process], float]) -> float:
         """Add up what is told of each process; one that the server started and that ends meanwhile counts nothing."""
-        if self.ended:
-            raise ServerEnded(self.pid, self.log)
         try:
             first = psutil.Process(self.pid)
             total, children = of(first), first.children(recursive=True)
         except psutil.NoSuchProcess as error:
             raise ServerEnded(self.pid, self.log) from error
+        if self.ended:
+            raise ServerEnded(self.pid, self.log)
         for child in children:
             with suppress(psutil.NoSuchProcess):
                 total += of(child)
