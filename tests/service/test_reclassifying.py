@@ -9,12 +9,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import typer
 from onnx import numpy_helper
 from typer.testing import CliRunner
 
 from defenses.checkpoint import load_protected
 from defenses.classifier import Classifier
 from defenses.onnx_parity import session
+from loadtest import nip_table
+from loadtest.nip_table import table
 from model_store import InputSpec, Store
 from service.cli import app
 from service.correcting import CorrectingEngine
@@ -267,3 +270,38 @@ def test_the_first_graph_alone_runs_without_the_second(fitted, sent):
     answers = OnnxEngine(path, ["logits", "alert", "undefended_logits"]).predict(sent.astype(np.float32) / 255)
     kept = ~answers.alerts
     np.testing.assert_allclose(answers.logits[kept], answers.undefended_logits[kept])
+
+
+def test_the_table_tells_each_defense_beside_its_controls(fitted, tmp_path):
+    store, output, kept = tmp_path / "store", tmp_path / "table.json", tmp_path / "examples"
+    shutil.copytree(fitted, store)
+    paper = (*DATA, "--preset", "paper", "--candidates", "60", "--attack", "fgsm:epsilon=48/255")
+    status, told = portcullis("fit", "nip", "digits@1", *paper, "--test-examples", "20", "--store", store)
+    assert status == 0, told
+    command = typer.Typer()
+    command.command()(nip_table.main)
+    arguments = ["digits@1", *DATA, "--store", store, "--response", "digits@3", "--gated", "digits@4", "--paper"]
+    arguments += ["digits@5", "--attack", "fgsm:epsilon=48/255", "--limit", 40, "--clean", 60, "--seeds", 2]
+    arguments += ["--work", kept, "--output", output]
+    result = CliRunner().invoke(command, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    document = json.loads(output.read_text())
+    rows = document["rows"]
+    assert result.output.rstrip().splitlines()[-len(rows) :] == table(rows).splitlines()[2:]
+    attacked = document["attacks"]["fgsm:epsilon=48/255"]["attempted"]
+    assert attacked == 40
+    assert {row["right"]["clean"]["images"] for row in rows.values()} == {60}
+    assert rows["bare"]["right"]["fgsm:epsilon=48/255"]["rate"] == 0.0
+    for name, of in (("response to Gaussian noise", "response (benign only)"), ("as printed, Gaussian", "as printed")):
+        assert rows[name]["control_of"] == of
+        for each, below in rows[name]["below"].items():
+            assert below["mean"] == pytest.approx(rows[of]["right"][each]["rate"] - rows[name]["right"][each]["rate"])
+            assert below["interval"][0] <= below["mean"] <= below["interval"][1]
+    behind = [name for name, row in rows.items() if row["control_of"] == "correction (behind alerts)"]
+    assert sum("same loss" in name for name in behind) == 2
+    assert sum("best within that loss" in name for name in behind) == 2
+    written = {file: file.stat().st_mtime_ns for file in kept.rglob("*.safetensors")}
+    assert len(written) == 1, "what was crafted is kept, once"
+    assert CliRunner().invoke(command, [str(argument) for argument in arguments]).exit_code == 0
+    assert {file: file.stat().st_mtime_ns for file in kept.rglob("*.safetensors")} == written
+    assert json.loads(output.read_text())["rows"] == rows, "the same command gives the same table"
