@@ -13,6 +13,9 @@ import numpy as np
 
 from service.metrics import Metrics, Timed
 
+LONE_SECONDS = 0.005
+"""A lone image is computed on the event loop where the last one took at most so long: less than what it would delay."""
+
 
 class Rows(Protocol):
     """What a model says of N images, of which some rows can be taken."""
@@ -58,6 +61,8 @@ class Batcher(Generic[A]):
     A batch is whatever waits when the model becomes free, at most ``max_batch`` images of whole requests; a larger
     request is split by ``submit``. A lone request never waits for company: a batch that is not full waits, at most
     ``longest_wait`` seconds from its oldest image's arrival, only while other requests are being decoded (``coming``).
+    A lone image that is soon computed (``LONE_SECONDS``) is computed on the event loop, which saves two changes of
+    thread: nothing else waits, and nothing can come meanwhile.
     When a batch fails, each of its requests is computed alone, so that nobody gets an error for a neighbour's input;
     what fails alone is answered by ``instead``, in the same thread, where that is given and does not fail as well.
     """
@@ -85,6 +90,8 @@ class Batcher(Generic[A]):
         self._closed = False
         self._changed = threading.Condition()
         self._telling = False
+        self._busy = False
+        self._lone_seconds = float("inf")
         self._thread = threading.Thread(target=self._work, name=f"model-{model}", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._seconds, self._queued = metrics.stages["purify_classify_inspect"], metrics.stages["queue"]
@@ -144,8 +151,9 @@ class Batcher(Generic[A]):
 
     async def stop(self) -> None:
         """Refuse further images, answer those that were taken, and end."""
-        self._closed = True
-        self._tell()
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
         if self._thread.ident is not None:
             await asyncio.to_thread(self._thread.join)
 
@@ -156,9 +164,15 @@ class Batcher(Generic[A]):
             asyncio.get_running_loop().call_soon(self._tell)
 
     def _tell(self) -> None:
+        """Compute what waits on the event loop where it is a lone image and soon done, else wake the thread."""
         self._telling = False
         with self._changed:
-            self._changed.notify()
+            alone = self._depth == 1 and not (self._coming or self._busy)
+            batch = self._taken() if alone and self._lone_seconds <= LONE_SECONDS else []
+            if not batch:
+                self._changed.notify()
+        if batch:
+            self._answer(batch)
 
     def _withdraw(self, pieces: Sequence[_Waiting[A]]) -> None:
         """Take out of the queue what still waits of a request that was cancelled or has failed."""
@@ -178,10 +192,12 @@ class Batcher(Generic[A]):
 
     def _next_batch(self) -> list[_Waiting[A]]:
         with self._changed:
+            self._busy = False
             while not (self._closed and not self._waiting):
                 self._wait_for_images()
-                # What waited may have been withdrawn meanwhile, or be over.
+                # What waited may have been withdrawn or computed meanwhile, or be over.
                 if batch := self._taken():
+                    self._busy = True
                     return batch
         return []
 
@@ -219,6 +235,8 @@ class Batcher(Generic[A]):
             images = batch[0].images if len(batch) == 1 else np.concatenate([piece.images for piece in batch])
             with Timed(self._seconds):
                 outcome: A | Exception = self._predict(images)
+            if len(images) == 1:
+                self._lone_seconds = monotonic() - start
         except Exception as error:
             if len(batch) > 1:
                 for piece in batch:

@@ -329,3 +329,83 @@ async def test_a_model_goes_on_after_all_that_waited_for_company_has_left(patien
     (answer,) = await asyncio.wait_for(patient.submit(unit(dark(2))), 5)
     assert len(answer.logits) == 2
     assert door.sizes == [2]
+
+
+class Where:
+    """Answer with an engine, after so many seconds, and note in which thread."""
+
+    def __init__(self, engine: OnnxEngine) -> None:
+        self.engine = engine
+        self.seconds = 0.0
+        self.threads: list[str] = []
+
+    def predict(self, images: np.ndarray) -> Answers:
+        self.threads.append(threading.current_thread().name)
+        time.sleep(self.seconds)
+        return self.engine.predict(images)
+
+
+async def test_a_lone_image_is_computed_on_the_event_loop_where_that_is_soon_done(engine, dark, monkeypatch):
+    monkeypatch.setattr("service.batching.LONE_SECONDS", 0.2)
+    where = Where(engine)
+    batcher = Batcher("fragile", where.predict, max_batch=4, capacity=10, longest_wait=0, metrics=Metrics()).start()
+    own, loop = "model-fragile", threading.current_thread().name
+    image = unit(dark(1))
+    image[:, 0, 0, :2] = 0
+
+    async def computed_alone() -> list[str]:
+        """Submit until an image is computed on the event loop, as the thread may not have turned back to its queue."""
+        where.threads.clear()
+        while loop not in where.threads and len(where.threads) < 200:
+            (answer,) = await batcher.submit(image)
+            np.testing.assert_allclose(answer.logits, engine.predict(image).logits, atol=1e-5)
+        return where.threads
+
+    assert (await computed_alone())[0] == own, "how long an image takes is known after the first"
+    assert where.threads[-1] == loop
+    await asyncio.gather(batcher.submit(image), batcher.submit(image))
+    await batcher.submit(unit(dark(2)))
+    assert set(where.threads[-2:]) == {own}, "who has company is computed with it, and a pair is not a lone image"
+    assert (await computed_alone())[-1] == loop
+    with batcher.coming():
+        await batcher.submit(image)
+    assert where.threads[-1] == own, "company is coming"
+    assert (await computed_alone())[-1] == loop
+    for seconds in (0.25, 0.0):
+        where.seconds = seconds
+        await batcher.submit(image)
+    assert where.threads[-2:] == [loop, own], "once it took long the next image leaves the event loop free"
+    assert (await computed_alone())[-1] == loop
+    image[0, 0, 0, 0] = 1
+    with pytest.raises(Exception, match="out of data bounds"):
+        await batcher.submit(image)
+    assert where.threads[-2:] == [loop, loop], "what fails there fails alone"
+    await batcher.stop()
+
+
+async def test_while_the_model_is_busy_a_lone_image_waits_for_it(engine, dark, monkeypatch):
+    monkeypatch.setattr("service.batching.LONE_SECONDS", 10)
+    door = Door(engine)
+    door.open.set()
+    batcher = Batcher("fragile", door.predict, max_batch=4, capacity=10, longest_wait=0, metrics=Metrics()).start()
+    await batcher.submit(unit(dark(1)))
+    door.open.clear()
+    door.entered.clear()
+    first = await held(batcher, door, unit(dark(2)))
+    second = asyncio.create_task(batcher.submit(unit(dark(1))))
+    await asyncio.sleep(0.05)
+    assert not second.done()
+    door.open.set()
+    await asyncio.gather(first, second)
+    assert door.sizes == [1, 2, 1]
+    await batcher.stop()
+
+
+async def test_a_stop_before_a_lone_image_is_looked_at_answers_it(engine, dark, monkeypatch):
+    monkeypatch.setattr("service.batching.LONE_SECONDS", 10)
+    where = Where(engine)
+    batcher = Batcher("fragile", where.predict, max_batch=4, capacity=10, longest_wait=0, metrics=Metrics()).start()
+    await batcher.submit(unit(dark(1)))
+    last, stopping = asyncio.create_task(batcher.submit(unit(dark(1)))), asyncio.create_task(batcher.stop())
+    await asyncio.wait_for(asyncio.gather(last, stopping), 10)
+    assert len(where.threads) == 2
