@@ -1,6 +1,6 @@
 """Examples of an evaluation's rows as pictures."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -9,8 +9,8 @@ from service.evaluation.document import DefenseReport, EvaluationReport
 from service.evaluation_report.tables import by_name
 from service.report_parts.pictures import difference_picture, picture
 
-MOST_STRIPS = 12
-"""Rows of pictures that are shown of one attack where each defense has its own."""
+MOST_STRIPS = 8
+"""Rows of pictures that are shown of one attack where each defense has its own: those of the first defenses."""
 
 MOST_ANSWERS = 24
 """Answers that are shown of one attack, over all defenses, where they are given the same examples."""
@@ -50,11 +50,12 @@ class Strip:
 
 @dataclass(frozen=True)
 class SampleGroup:
-    """Hold the examples of one attack in one scenario."""
+    """Hold the examples of one attack in one scenario; of ``unshown`` defenses, each with its own, there are none."""
 
     scenario: str
     attack: str
     strips: tuple[Strip, ...]
+    unshown: int = 0
 
 
 def sample_groups(report: EvaluationReport, samples: Sequence[Sample]) -> tuple[SampleGroup, ...]:
@@ -64,7 +65,7 @@ def sample_groups(report: EvaluationReport, samples: Sequence[Sample]) -> tuple[
     """
     placed = sorted(samples, key=lambda sample: (sample.scenario, _first_place(samples, sample)))
     return tuple(
-        SampleGroup(scenario, attack, tuple(_strips(report, list(found))))
+        _group(report, scenario, attack, list(found))
         for (scenario, attack), found in groupby(placed, key=lambda sample: (sample.scenario, sample.attack))
     )
 
@@ -73,15 +74,15 @@ def _first_place(samples: Sequence[Sample], sample: Sample) -> int:
     return next(place for place, each in enumerate(samples) if each.attack == sample.attack)
 
 
-def _strips(report: EvaluationReport, samples: Sequence[Sample]) -> Iterator[Strip]:
+def _group(report: EvaluationReport, scenario: str, attack: str, samples: Sequence[Sample]) -> SampleGroup:
     by_defense = [list(found) for _, found in groupby(samples, key=lambda sample: sample.defense)]
-    if samples[0].scenario == "A":
-        for same in list(zip(*by_defense, strict=True))[: max(1, MOST_ANSWERS // len(by_defense))]:
-            yield _strip(report, same)
-        return
-    for own in by_defense:
-        for sample in own[: max(1, MOST_STRIPS // len(by_defense))]:
-            yield _strip(report, [sample])
+    if scenario == "A":
+        same = list(zip(*by_defense, strict=True))[: max(1, MOST_ANSWERS // len(by_defense))]
+        return SampleGroup(scenario, attack, tuple(_strip(report, each) for each in same))
+    most = max(1, MOST_STRIPS // len(by_defense))
+    own = [sample for found in by_defense[:MOST_STRIPS] for sample in found[:most]]
+    strips = tuple(_strip(report, [sample]) for sample in own)
+    return SampleGroup(scenario, attack, strips, max(0, len(by_defense) - MOST_STRIPS))
 
 
 def _strip(report: EvaluationReport, same: Sequence[Sample]) -> Strip:

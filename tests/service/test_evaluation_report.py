@@ -474,20 +474,39 @@ def test_the_pictures_are_the_images(page, measured):
     assert told.split("\n")[-1] == ("resisted" if resisted else "not resisted")
 
 
-@pytest.mark.parametrize(("copies", "most"), [(1, 12), (5, 4), (13, 1), (40, 1)])
-def test_the_more_defenses_the_fewer_examples_but_never_none(measured, copies, most):
+def copied(measured, copies: int, scenario: str) -> Evaluated:
+    """Return the examples of one attack when a version is measured under so many names, twelve examples each."""
     attack = PLAN.attacks[0]
     shown = [
         each for each in measured.samples if (each.attack, each.scenario, each.defense) == (attack, "A", "digits@2")
     ]
-    many = (shown * 12)[:12]
+    many = [replace(each, scenario=scenario) for each in (shown * 12)[:12]]
     names = [f"copy@{number}" for number in range(copies)]
     one = next(each for each in measured.report.defenses if each.name == "digits@2")
-    report = replace(measured.report, defenses=tuple(replace(one, name=name) for name in names))
-    samples = [replace(each, defense=name) for name in names for each in many]
-    (group,) = sample_groups(report, samples)
+    report = replace(measured.report, defenses=tuple(replace(one, name=name) for name in names), rows=(), sweeps=(), checks=())
+    samples = tuple(replace(each, defense=name) for name in names for each in many)
+    return replace(measured, report=report, samples=samples)
+
+
+@pytest.mark.parametrize(("copies", "most"), [(1, 12), (5, 4), (13, 1), (40, 1)])
+def test_the_more_defenses_the_fewer_examples_but_never_none(measured, copies, most):
+    evaluated = copied(measured, copies, "A")
+    (group,) = sample_groups(evaluated.report, evaluated.samples)
     assert len(group.strips) == most
+    names = [f"copy@{number}" for number in range(copies)]
     assert all([each.defense.name for each in strip.answers] == names for strip in group.strips)
+    assert not group.unshown
+
+
+@pytest.mark.parametrize(("copies", "each", "unshown"), [(1, 8, 0), (3, 2, 0), (8, 1, 0), (13, 1, 5)])
+def test_of_many_defenses_with_examples_of_their_own_the_first_are_shown(measured, copies, each, unshown):
+    evaluated = copied(measured, copies, "B")
+    (group,) = sample_groups(evaluated.report, evaluated.samples)
+    shown = [f"copy@{number}" for number in range(copies - unshown) for _ in range(each)]
+    assert [answer.defense.name for strip in group.strips for answer in strip.answers] == shown
+    assert group.unshown == unshown
+    told = re.findall(r"no room for those of (\d+) more", re.sub(r"<[^>]*>", "", render(evaluated)))
+    assert told == ([str(unshown)] if unshown else [])
 
 
 def test_names_are_text_and_never_markup(page, written):
