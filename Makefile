@@ -11,7 +11,7 @@ IMAGES ?= var/bench/images.npz
 HOST ?= http://127.0.0.1:8000
 LOCUST = $(VENV)/bin/locust --headless --only-summary --host $(HOST) --images $(IMAGES)
 
-.PHONY: demo test lint bench smoke soak spike overload endurance
+.PHONY: demo test lint bench engines smoke soak spike overload endurance
 
 demo: $(READY)
 	$(VENV)/bin/portcullis demo $(ARGS)
@@ -28,6 +28,10 @@ lint: $(READY)
 
 bench: $(READY) $(IMAGES)
 	$(VENV)/bin/python -m loadtest.bench --images $(IMAGES) $(ARGS)
+
+# In process, on a GPU where there is one: ARGS='NAME --store ...'.
+engines: $(READY)
+	$(VENV)/bin/python -m loadtest.engines $(or $(ARGS),digits)
 
 # Against a gateway that runs already, at HOST.
 smoke soak spike: $(READY) $(IMAGES)

@@ -1,15 +1,20 @@
-"""The most that this machine does on the runtime that serves: multiply-adds a second, and bytes a second."""
+"""The most that a machine does: multiply-adds a second, on the runtime that serves or torch, and bytes a second."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import onnx
 import onnxruntime
+import torch
 from onnx import TensorProto, helper
 
+from service.engines import Arithmetic
+
 SIDES = (256, 512, 1024)
+GPU_SIDES = (2048, 4096, 8192)
 COPIED = 2**26
 TURNS = 15
 
@@ -34,10 +39,47 @@ def measure_ceiling(threads: int = 1) -> Ceiling:
     clock = time.process_time if threads == 1 else time.perf_counter
     source, target = np.ones(COPIED // 4, np.float32), np.empty(COPIED // 4, np.float32)
     copied = 2 * COPIED / _fastest(lambda: np.copyto(target, source), clock)
-    return Ceiling(max(_products_per_second(side, threads, clock) for side in SIDES), copied)
+    return Ceiling(products_per_second(threads, clock), copied)
 
 
-def _products_per_second(side: int, threads: int, clock: Callable[[], float]) -> float:
+def products_per_second(threads: int, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Return the multiply-adds of products of square float32 matrices on ONNX Runtime in a second of the clock."""
+    return max(_products_of(side, threads, clock) for side in SIDES)
+
+
+def torch_products_per_second(device: torch.device, arithmetic: Arithmetic) -> float:
+    """Return the multiply-adds of products of square matrices on torch in a second, in as many threads as torch has.
+
+    Each product is waited for. ``tf32`` is a GPU's alone.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if arithmetic == "tf32" else "highest")
+    try:
+        sides = GPU_SIDES if device.type == "cuda" else SIDES
+        return max(_torch_products_of(side, device, DTYPES[arithmetic]) for side in sides)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+DTYPES: Mapping[Arithmetic, torch.dtype] = MappingProxyType(
+    {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+)
+
+
+@torch.inference_mode()
+def _torch_products_of(side: int, device: torch.device, dtype: torch.dtype) -> float:
+    a, b = torch.rand(2, side, side, device=device).to(dtype)
+    product = torch.empty_like(a)
+
+    def multiply() -> None:
+        torch.matmul(a, b, out=product)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return side**3 / _fastest(multiply, time.perf_counter)
+
+
+def _products_of(side: int, threads: int, clock: Callable[[], float]) -> float:
     session = _product(side, threads)
     a, b = (np.random.default_rng(seed).random((side, side), np.float32) for seed in (0, 1))
     return side**3 / _fastest(lambda: session.run(None, {"a": a, "b": b}), clock)

@@ -2,8 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def computation(
     work = {name: total(parts).multiply_adds for name, parts in counted.items()}
     allowed = {name: count / work["bare"] for name, count in work.items() if name != "bare"}
     compared = "cpu_milliseconds" if threads == 1 else "milliseconds"
-    measured = {batch: _in_turns(engines, _inputs(list(engines), (batch, *shape), classes), turns) for batch in batches}
+    measured = {batch: _medians(engines, _inputs(list(engines), (batch, *shape), classes), turns) for batch in batches}
     return {
         "version": f"{protected.manifest.name}@{protected.manifest.version}",
         "kind": protected.manifest.kind,
@@ -81,17 +82,23 @@ def _inputs(names: list[str], shape: tuple[int, ...], classes: int) -> dict[str,
     return inputs
 
 
-def _in_turns(
+def in_turns(calls: Mapping[str, Callable[[], object]], turns: int) -> dict[str, list[tuple[float, float]]]:
+    """Return the seconds of each call in each turn, by the clock and by the processor's time, after some unmeasured."""
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for turn in range(turns + WARM_UPS):
+        for name, call in calls.items():
+            start, used = time.perf_counter(), time.process_time()
+            call()
+            if turn >= WARM_UPS:
+                taken[name].append((time.perf_counter() - start, time.process_time() - used))
+    return taken
+
+
+def _medians(
     engines: Mapping[str, OnnxEngine], inputs: Mapping[str, dict[str, np.ndarray]], turns: int
 ) -> dict[str, dict[str, float]]:
     """Return the median milliseconds of each engine by the clock and by the processor's time."""
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
-    for turn in range(turns + WARM_UPS):
-        for name, engine in engines.items():
-            start, used = time.perf_counter(), time.process_time()
-            engine.feed(**inputs[name])
-            if turn >= WARM_UPS:
-                taken[name].append((time.perf_counter() - start, time.process_time() - used))
+    taken = in_turns({name: partial(engine.feed, **inputs[name]) for name, engine in engines.items()}, turns)
     return {
         name: {
             "milliseconds": 1000 * statistics.median(clock for clock, _ in values),

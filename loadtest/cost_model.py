@@ -59,7 +59,7 @@ def version_table(protected: Path, bare: Path) -> str:
         for name, cost in rows
     ]
     lines[-1][3] = f"{weight_bytes(protected):,}"  # passes that share their weights hold them once
-    return _table(("part", "multiply-adds", "over bare", "bytes of weights", "bytes of activations"), lines)
+    return markdown_table(("part", "multiply-adds", "over bare", "bytes of weights", "bytes of activations"), lines)
 
 
 def regulator_table(sides: Sequence[int] = SIDES) -> str:
@@ -70,7 +70,7 @@ def regulator_table(sides: Sequence[int] = SIDES) -> str:
         count = convolutions(regulator, (3, side, side))
         weights = 4 * sum(parameter.numel() for parameter in regulator.parameters())
         rows.append([f"{side}x{side}", f"{count:,}", f"{weights:,}"])
-    return _table(("image", "multiply-adds", "bytes of weights"), rows)
+    return markdown_table(("image", "multiply-adds", "bytes of weights"), rows)
 
 
 def inspector_table(most_features: int) -> str:
@@ -85,7 +85,7 @@ def inspector_table(most_features: int) -> str:
                 [name, str(classes), f"{pool}x{pool}", f"{features:,}", *(f"{size / 2**20:,.1f}" for size in sizes)]
             )
     header = ("layer", "classes", "pooled by", "features", "not pooled, MiB", "float32, MiB", "float16, MiB")
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def convolutions(regulator: Regulator, shape: tuple[int, int, int]) -> int:
@@ -107,7 +107,8 @@ def _bytes(cost: Cost) -> tuple[str, str]:
     return f"{cost.weight_bytes:,}", f"{cost.activation_bytes:,}"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return rows of cells as a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

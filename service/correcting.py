@@ -29,6 +29,7 @@ class CorrectingEngine:
         self._failed = failed
         self._first = source.open(tuple(dict.fromkeys([*outputs, *NEEDED])))
         self._correction = source.open_correction(purified="purified" in outputs)
+        self.platform, self.arithmetic = self._first.platform, self._first.arithmetic
         self.warm_up_sizes = self._first.warm_up_sizes
 
     def try_out(self, shape: tuple[int, ...], classes: int) -> None:

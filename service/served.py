@@ -118,6 +118,11 @@ class ServedModel:
                 expected = f"expected logits of shape {(size, classes)} for its labels"
                 raise GraphUnloadable(path, f"{expected}, got {logits.shape}.")
 
+    @property
+    def platform(self) -> str:
+        """What computes the answers to images, as the Open Inference Protocol names platforms."""
+        return self._engine.platform
+
     def start(self) -> Self:
         """Start to take images; call within a running event loop."""
         self._batcher.start()

@@ -63,6 +63,7 @@ def test_the_table_of_single_attacks_shows_what_was_fitted_on_which():
         "correctness",
         "cost_model",
         "endurance",
+        "engines",
         "image_sets",
         "inspector_seconds",
         "kill_fit",

@@ -8,6 +8,9 @@ import numpy as np
 
 Device = Literal["cpu", "cuda"]
 
+Arithmetic = Literal["fp32", "tf32", "bf16", "fp16"]
+"""What convolutions and products multiply in: a precision, or float32 with a mantissa of ten bits."""
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -50,9 +53,16 @@ class Engine(Protocol):
     """Compute outputs of one version, named when it was opened; safe to call from several threads.
 
     Images are (N, C, H, W), N any number above 0, either float32 in [0, 1] or uint8, which stand for themselves
-    divided by 255. ``warm_up_sizes`` are the sizes of batch to be run once before the first is answered: whatever is
-    prepared for a size is prepared then.
+    divided by 255. ``platform`` says what runs the version and in which format it was read, as the Open Inference
+    Protocol names platforms: ``<project>_<format>``. ``arithmetic`` is what it multiplies in. ``warm_up_sizes`` are the
+    sizes of batch to be run once before the first is answered: whatever is prepared for a size is prepared then.
     """
+
+    @property
+    def platform(self) -> str: ...
+
+    @property
+    def arithmetic(self) -> Arithmetic: ...
 
     @property
     def warm_up_sizes(self) -> tuple[int, ...]: ...

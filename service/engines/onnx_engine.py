@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from service.engines.answers import Answers, Device, as_float
+from service.engines.answers import Answers, Arithmetic, Device, as_float
 from service.engines.errors import GraphUnloadable
 from service.engines.onnx_bound import BoundGraph
 from service.engines.onnx_fed import FedGraph
@@ -16,6 +16,8 @@ from service.engines.onnx_graph import fix_noise, pruned
 from service.engines.onnx_session import open_session
 
 logger = logging.getLogger("portcullis")
+
+PLATFORM = "onnxruntime_onnx"
 
 Feed = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
@@ -48,6 +50,8 @@ class OnnxEngine:
             raise GraphUnloadable(path, str(error).strip()) from error
         fix_noise(model, float(noise))
         self.name = path.name
+        self.platform = PLATFORM
+        self.arithmetic: Arithmetic = "tf32" if device == "cuda" and not exact else "fp32"
         self._outputs = list(outputs)
         self.warm_up_sizes: tuple[int, ...] = (1, max_batch) if max_batch > 1 else (1,)
         if device == "cpu":

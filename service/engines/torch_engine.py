@@ -1,6 +1,7 @@
 """A version's checkpoint on torch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -11,10 +12,14 @@ from defenses.classifier import Classifier
 from defenses.corrector import Corrector
 from defenses.pixels import to_float
 from defenses.protected import ProtectedClassifier
-from service.engines.answers import Answers
+from service.engines.answers import Answers, Arithmetic
 from service.engines.buckets import buckets_up_to, portions
 from service.engines.torch_cuda import CapturedRuns
 from service.engines.torch_outputs import Version, VersionOutputs
+
+ARITHMETIC: Mapping[torch.dtype | None, Arithmetic] = MappingProxyType(
+    {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+)
 
 Computation = Callable[[np.ndarray], Sequence[np.ndarray]]
 
@@ -39,6 +44,9 @@ class TorchEngine:
         max_batch: int = 32,
     ) -> None:
         self._names = tuple(outputs)
+        # A bare classifier is read from its graph, a protected one from its checkpoint.
+        self.platform = "pytorch_onnx" if isinstance(version, Classifier) else "pytorch_safetensors"
+        self.arithmetic: Arithmetic = ARITHMETIC[reduced]
         self._max_batch = max_batch
         module: VersionOutputs = VersionOutputs(version, outputs, noise=noise, reduced=reduced).eval().to(device)
         # torch's own annotations do not know of the layout.

@@ -78,7 +78,7 @@ async def model_metadata(gateway: GatewayOf, model: str, version: str | None = N
     return {
         "name": served.name,
         "versions": gateway.repository.versions(served.name),
-        "platform": "onnxruntime_onnx",
+        "platform": served.platform,
         "inputs": [{"name": "image", "datatype": "FP32", "shape": [-1, *shape]}],
         "outputs": [{"name": name, "datatype": tails[name][0], "shape": [-1, *tails[name][1]]} for name in outputs],
     }

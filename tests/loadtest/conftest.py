@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from defenses.checkpoint import save_protected
 from defenses.classifier import Classifier
 from defenses.coophance import Inspector, InspectorConfig, Regulator, RegulatorConfig
 from defenses.onnx_export import export_protected
@@ -49,6 +50,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
             part = Path(folder) / str(number)
             part.mkdir()
             (part / "model.onnx").write_bytes(graph.SerializeToString())
+        save_protected(protected, Path(folder) / "1" / "checkpoint")
         bare = models.publish("digits", Draft(kind="classifier", **draft), Path(folder) / "0")
         parent = Parent(name="digits", version=1, digest=models.fetch("digits", bare.version).digest)
         defended = Draft(kind="coophance", parent=parent, threshold=0.5, false_positive_rate=rate, **draft)

@@ -483,7 +483,9 @@ def copied(measured, copies: int, scenario: str) -> Evaluated:
     many = [replace(each, scenario=scenario) for each in (shown * 12)[:12]]
     names = [f"copy@{number}" for number in range(copies)]
     one = next(each for each in measured.report.defenses if each.name == "digits@2")
-    report = replace(measured.report, defenses=tuple(replace(one, name=name) for name in names), rows=(), sweeps=(), checks=())
+    report = replace(
+        measured.report, defenses=tuple(replace(one, name=name) for name in names), rows=(), sweeps=(), checks=()
+    )
     samples = tuple(replace(each, defense=name) for name in names for each in many)
     return replace(measured, report=report, samples=samples)
 

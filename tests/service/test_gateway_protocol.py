@@ -50,6 +50,7 @@ async def test_a_model_describes_its_input_and_every_output(visitor, path):
     answer = (await visitor.http.get(path)).json()
     assert answer["name"] == "digits"
     assert answer["versions"] == ["2"]
+    assert answer["platform"] == "onnxruntime_onnx"
     assert answer["inputs"] == [{"name": "image", "datatype": "FP32", "shape": [-1, 1, 16, 16]}]
     assert {output["name"]: (output["datatype"], output["shape"]) for output in answer["outputs"]} == EVERY_OUTPUT
 

@@ -68,6 +68,28 @@ async def test_a_gateway_on_torch_serves_what_one_on_onnx_runtime_serves(gateway
     assert other["undefended_class_index"].tolist() == one["undefended_class_index"].tolist()
 
 
+@pytest.mark.parametrize(
+    ("version", "engine", "platform"),
+    [
+        (1, "torch", "pytorch_onnx"),
+        (2, "torch", "pytorch_safetensors"),
+        (3, "torch", "pytorch_safetensors"),
+        (3, "onnx", "onnxruntime_onnx"),
+    ],
+)
+async def test_a_version_tells_what_computes_it_from_what(gateway, published_versions, version, engine, platform):
+    async with gateway(store=published_versions, models=f"digits@{version}", engine=engine) as visitor:
+        assert (await visitor.http.get("/v2/models/digits")).json()["platform"] == platform
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision", "arithmetic"),
+    [("onnx", "auto", "fp32"), ("onnx", "fp32", "fp32"), ("torch", "auto", "fp32"), ("torch", "bf16", "bf16")],
+)
+def test_an_engine_tells_what_it_multiplies_in(opened, engine, precision, arithmetic):
+    assert opened(2, engine=engine, precision=precision).open(("logits",)).arithmetic == arithmetic
+
+
 async def test_a_version_that_torch_cannot_run_is_refused_by_name_and_the_rest_is_served(
     gateway, published_versions, mixed
 ):
