@@ -18,7 +18,7 @@ from model_store import Fetched
 from service.correcting import CorrectingEngine
 from service.engines import Engine, outputs_of
 from service.engines.opening import open_source
-from service.images import decode_image
+from service.images import decode_pixels
 from service.served import CORRECTION, GRAPH
 from service.settings import Settings
 
@@ -105,13 +105,12 @@ def _alone(server: Running, messages: list[Message], requests: int) -> Cost:
 def _decoding(fetched: Fetched, images: np.ndarray) -> Cost:
     encoded = [png(image) for image in images]
     spec = fetched.manifest.input
-    return _cost([lambda data=data: decode_image(data, spec, max_pixels=MAX_PIXELS) for data in encoded])
+    return _cost([lambda data=data: decode_pixels(data, spec, max_pixels=MAX_PIXELS) for data in encoded])
 
 
 def _engine(fetched: Fetched, images: np.ndarray) -> Cost:
     engine = engine_of(fetched)
-    rows = [image[None].astype(np.float32) / np.float32(255) for image in images]
-    return _cost([lambda row=row: engine.run(row) for row in rows])
+    return _cost([lambda image=image: engine.run(image[None]) for image in images])
 
 
 def engine_of(fetched: Fetched) -> Engine:

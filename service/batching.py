@@ -12,6 +12,7 @@ from typing import Generic, Protocol, Self, TypeVar
 import numpy as np
 
 from service.metrics import Metrics, Timed
+from service.pixels import as_batch
 
 LONE_SECONDS = 0.005
 """A lone image is computed on the event loop where the last one took at most so long: less than what it would delay."""
@@ -122,7 +123,9 @@ class Batcher(Generic[A]):
             self._tell_soon()
 
     async def submit(self, images: np.ndarray, deadline: float = float("inf")) -> list[A]:
-        """Return the answers for one request's images (N, C, H, W), in order, in pieces of at most ``max_batch``.
+        """Return the answers for one request's images, in order, in pieces of at most ``max_batch``.
+
+        Images are (N, C, H, W), uint8 or float32; uint8 go to the model as such unless float32 come with them.
 
         Raises ``QueueFull`` when the images do not fit behind those that wait already (an idle model takes a request
         of any size), ``BatcherClosed`` after ``stop``, ``TimeoutError`` for what still waits when the model gets to it
@@ -232,7 +235,7 @@ class Batcher(Generic[A]):
         start = monotonic()
         self._sizes.observe(sum(len(piece.images) for piece in batch))
         try:
-            images = batch[0].images if len(batch) == 1 else np.concatenate([piece.images for piece in batch])
+            images = as_batch([piece.images for piece in batch])
             with Timed(self._seconds):
                 outcome: A | Exception = self._predict(images)
             if len(images) == 1:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL.ImageFile import ImageFile
 
 from model_store import InputSpec
-from service.images import ImageRefused, open_image, read_pixels, scale_images
+from service.images import ImageRefused, open_image, read_pixels
 from service.uploads import Upload
 
 P = ParamSpec("P")
@@ -74,7 +74,7 @@ class Decoder:
 async def decode_uploads(
     uploads: Sequence[Upload], spec: InputSpec, decoder: Decoder, coming: AbstractContextManager[None], max_pixels: int
 ) -> np.ndarray:
-    """Decode images into float32 (N, C, H, W) in [0, 1]; ``coming`` is entered while they are decoded in a thread.
+    """Decode images into uint8 (N, C, H, W); ``coming`` is entered while they are decoded in a thread.
 
     Raises ``ImageRefused``, which names the image where there are several, and ``DecodeQueueFull``.
     """
@@ -100,7 +100,9 @@ def _opened(uploads: Sequence[Upload], max_pixels: int) -> list[ImageFile]:
 
 
 def _read(uploads: Sequence[Upload], opened: Sequence[ImageFile], spec: InputSpec) -> np.ndarray:
-    return scale_images(_each(uploads, lambda number: read_pixels(opened[number], spec)))
+    images = _each(uploads, lambda number: read_pixels(opened[number], spec))
+    # Channels come last from a decoder; brought first here, the model's thread copies whole rows.
+    return np.stack(images, out=np.empty((len(images), *spec.shape), np.uint8))
 
 
 def _each(uploads: Sequence[Upload], step: Callable[[int], T]) -> list[T]:

@@ -86,7 +86,9 @@ class Gateway:
     async def predict(
         self, model: ServedModel, images: np.ndarray, received: Sequence[Received], caller: Caller, deadline: float
     ) -> tuple[Decision, AlertIds]:
-        """Return the decision on images (N, C, H, W) in [0, 1] and its alerts' ids, accepted by the writer.
+        """Return the decision on images and its alerts' ids, accepted by the writer.
+
+        Images are (N, C, H, W), uint8 or float32 in [0, 1].
 
         Raises what ``ServedModel.decide`` raises, ``ClientDisconnect``, and ``AlertQueueFull``: an answer that tells of
         an alert is only given once that alert is in the writer's hands.

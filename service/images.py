@@ -1,7 +1,7 @@
 """Images and tensors as clients send them, checked and brought to the array a classifier takes."""
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,14 +30,6 @@ class ImageRefused(ValueError):
 
 class TensorRefused(ValueError):
     """The array is no batch of images that can be classified; the message says what was expected and what came."""
-
-
-def decode_image(data: bytes, spec: InputSpec, *, max_pixels: int) -> np.ndarray:
-    """Decode a PNG, JPEG or WebP image into float32 (C, H, W) in [0, 1]: `decode_pixels` divided by 255.
-
-    Raises ImageRefused as `decode_pixels` does.
-    """
-    return scale_pixels(decode_pixels(data, spec, max_pixels=max_pixels))
 
 
 def decode_pixels(data: bytes, spec: InputSpec, *, max_pixels: int) -> np.ndarray:
@@ -121,26 +113,12 @@ def render_pixels(image: Image.Image, spec: InputSpec) -> np.ndarray:
     return pixels[np.newaxis] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
-def scale_pixels(pixels: np.ndarray) -> np.ndarray:
-    """Divide uint8 pixels of any shape by 255 into a contiguous float32 array in [0, 1]."""
-    scaled = np.empty(pixels.shape, dtype=np.float32)
-    np.divide(pixels, np.float32(255), out=scaled)
-    return scaled
-
-
-def scale_images(images: Sequence[np.ndarray]) -> np.ndarray:
-    """Divide N images uint8 (C, H, W) by 255 into one contiguous float32 array (N, C, H, W) in [0, 1]."""
-    scaled = np.empty((len(images), *images[0].shape), dtype=np.float32)
-    for row, pixels in zip(scaled, images, strict=True):
-        np.divide(pixels, np.float32(255), out=row)
-    return scaled
-
-
 def validate_tensor(data: np.ndarray, datatype: str, spec: InputSpec, *, max_batch: int) -> np.ndarray:
-    """Check a batch of images given as a tensor and return it as float32 (N, C, H, W) in [0, 1].
+    """Check a batch of images given as a tensor and return it: uint8 or float32 in [0, 1], (N, C, H, W).
 
-    `datatype` is the Open Inference Protocol's: UINT8, divided by 255, or FP32, already in [0, 1]. An FP32 array is
-    returned as it is, without a copy, where it is contiguous and aligned; it is read-only where `data` is.
+    `datatype` is the Open Inference Protocol's: UINT8, which stand for themselves divided by 255, or FP32. An array is
+    returned as it is, without a copy, unless it is FP32 and not contiguous or not aligned; it is read-only where `data`
+    is.
 
     Raises TensorRefused for another datatype, a shape that does not fit, N outside 1..`max_batch`, and values that are
     not finite or outside [0, 1].
@@ -152,7 +130,7 @@ def validate_tensor(data: np.ndarray, datatype: str, spec: InputSpec, *, max_bat
     if not 1 <= data.shape[0] <= max_batch:
         raise TensorRefused(f"The tensor must hold 1 to {max_batch} images, not {data.shape[0]}.")
     if datatype == "UINT8":
-        return scale_pixels(data)
+        return data
     tensor = np.require(data, dtype=np.float32, requirements=["C_CONTIGUOUS", "ALIGNED"])
     lowest, highest = tensor.min(), tensor.max()
     if not (lowest >= 0 and highest <= 1):

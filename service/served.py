@@ -143,7 +143,7 @@ class ServedModel:
         return self._batcher.coming()
 
     async def decide(self, images: np.ndarray, deadline: float = float("inf")) -> Decision:
-        """Return the decision on images (N, C, H, W) in [0, 1].
+        """Return the decision on images (N, C, H, W), uint8 or float32 in [0, 1].
 
         Raises ``QueueFull``, ``BatcherClosed``, ``TimeoutError`` when the images still wait at ``deadline``, a time of
         ``time.monotonic``, and ``DefenseFailed`` when the defense fails and is to fail closed.

@@ -89,12 +89,3 @@ class Correction(Protocol):
 
     def correct(self, purified: np.ndarray, undefended_logits: np.ndarray) -> dict[str, np.ndarray]:
         """Return each output by name."""
-
-
-def as_float(images: np.ndarray) -> np.ndarray:
-    """Return images as float32 in [0, 1], uint8 divided by 255; float32 come back as they are."""
-    if images.dtype != np.uint8:
-        return images
-    scaled = np.empty(images.shape, np.float32)
-    np.divide(images, np.float32(255), out=scaled)
-    return scaled

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import onnx
 
-from service.engines.answers import Answers, Arithmetic, Device, as_float
+from service.engines.answers import Answers, Arithmetic, Device
 from service.engines.errors import GraphUnloadable
 from service.engines.onnx_bound import BoundGraph
 from service.engines.onnx_fed import FedGraph
 from service.engines.onnx_graph import fix_noise, pruned
 from service.engines.onnx_session import open_session
+from service.pixels import as_float
 
 logger = logging.getLogger("portcullis")
 

@@ -26,17 +26,19 @@ def engine(store) -> OnnxEngine:
 
 
 class Door:
-    """Let batches through to an engine one by one, and note how large they were."""
+    """Let batches through to an engine one by one, and note how large they were and of what type."""
 
     def __init__(self, engine: OnnxEngine) -> None:
         self.engine = engine
         self.sizes: list[int] = []
+        self.types: list[np.dtype] = []
         self.open = threading.Event()
         self.entered = threading.Event()
 
     def predict(self, images: np.ndarray) -> Answers:
         """Wait for the door, then compute."""
         self.sizes.append(len(images))
+        self.types.append(images.dtype)
         self.entered.set()
         assert self.open.wait(10)
         return self.engine.predict(images)
@@ -86,6 +88,20 @@ async def test_whoever_waits_is_computed_together_in_the_order_of_arrival(batche
     assert door.sizes == [1, 4, 3]
     for images, pieces in zip(requests, finished[1:], strict=True):
         np.testing.assert_allclose(joined(pieces), engine.predict(images).logits, atol=1e-5)
+
+
+async def test_pixels_stay_pixels_until_the_engine_unless_floats_come_with_them(batcher, door, engine, dark):
+    first = await held(batcher, door, dark(1))
+    pixels = [asyncio.create_task(batcher.submit(images)) for images in (dark(2, seed=1), dark(2, seed=2))]
+    await asyncio.sleep(0)
+    mixed = [asyncio.create_task(batcher.submit(images)) for images in (dark(1, seed=3), unit(dark(1, seed=4)))]
+    await asyncio.sleep(0.05)
+    door.open.set()
+    answers = [(await task)[0].logits for task in (first, *pixels, *mixed)]
+    assert door.types == [np.uint8, np.uint8, np.float32]
+    sent = [dark(1), dark(2, seed=1), dark(2, seed=2), dark(1, seed=3), dark(1, seed=4)]
+    expected = engine.predict(unit(np.concatenate(sent))).logits
+    np.testing.assert_allclose(np.concatenate(answers), expected, atol=1e-5)
 
 
 async def test_a_request_is_never_torn_apart_to_fill_a_batch(batcher, door, dark):

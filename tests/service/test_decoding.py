@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from model_store import InputSpec
 from service.decoding import SMALL_BYTES, SMALL_VALUES, DecodeQueueFull, Decoder, decode_uploads
-from service.images import ImageRefused, decode_image
+from service.images import ImageRefused, decode_pixels
 from service.uploads import Upload
 
 SPEC = InputSpec(shape=(1, 16, 16), mode="L", resize="bilinear")
@@ -173,7 +173,7 @@ async def test_an_image_is_decoded_the_same_wherever_it_is(decoder, file_of, sid
     pixels = np.random.default_rng(0).integers(0, 256, (1, side, side), np.uint8) // (32 if form == "JPEG" else 1)
     file, company = file_of(pixels, form, **options), Company()
     images = await decode_uploads([Upload("it", file)], SPEC, decoder, company.coming(), 10**6)
-    np.testing.assert_array_equal(images, decode_image(file, SPEC, max_pixels=10**6)[None])
+    np.testing.assert_array_equal(images, decode_pixels(file, SPEC, max_pixels=10**6)[None])
     assert images.flags.c_contiguous
     assert company.times == in_a_thread
 
@@ -209,5 +209,5 @@ async def test_a_png_that_may_swell_when_it_is_opened_is_opened_in_a_thread(deco
     file, company = file_of(dark(1)[0], "PNG", pnginfo=text), Company()
     assert len(file) < SMALL_BYTES
     images = await decode_uploads([Upload("it", file)], SPEC, decoder, company.coming(), 10**6)
-    np.testing.assert_array_equal(images, decode_image(file, SPEC, max_pixels=10**6)[None])
+    np.testing.assert_array_equal(images, decode_pixels(file, SPEC, max_pixels=10**6)[None])
     assert company.times == 1

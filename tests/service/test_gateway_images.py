@@ -8,7 +8,7 @@ from PIL import Image
 
 from model_store import InputSpec
 from service.engines import OnnxEngine
-from service.images import decode_image
+from service.images import decode_pixels
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -26,7 +26,7 @@ def alone(store) -> OnnxEngine:
 async def test_an_image_as_the_body_gets_its_prediction_with_every_field(visitor, alone, dark, bright, file_of, form):
     for pixels, verdict in ((dark(1)[0], "accepted"), (bright(1)[0], "alert")):
         file = file_of(pixels, form)
-        image = decode_image(file, InputSpec(shape=(1, 16, 16), mode="L"), max_pixels=10_000)
+        image = decode_pixels(file, InputSpec(shape=(1, 16, 16), mode="L"), max_pixels=10_000)
         expected = alone.predict(image[np.newaxis])
         answer = await visitor.predict("digits", file, headers={"content-type": f"image/{form.lower()}"})
         assert answer.status_code == 200, answer.text

@@ -15,11 +15,9 @@ from model_store import InputSpec
 from service.images import (
     ImageRefused,
     TensorRefused,
-    decode_image,
     decode_pixels,
     npy_to_tensor,
     render_pixels,
-    scale_pixels,
     tensor_to_npy,
     validate_tensor,
 )
@@ -51,11 +49,10 @@ def png_chunk(kind: bytes, content: bytes) -> bytes:
 @pytest.mark.parametrize(("name", "options"), [("PNG", {}), ("WEBP", {"lossless": True})])
 def test_a_lossless_image_is_decoded_exactly(name: str, options: dict[str, object]) -> None:
     array = noise(HEIGHT, WIDTH, 3)
-    image = decode_image(saved(Image.fromarray(array), name, **options), RGB, max_pixels=LIMIT)
+    image = pixels_of(saved(Image.fromarray(array), name, **options))
     assert image.shape == (3, HEIGHT, WIDTH)
-    assert image.dtype == np.float32
-    assert image.flags.c_contiguous
-    np.testing.assert_array_equal(image, array.transpose(2, 0, 1).astype(np.float32) / np.float32(255))
+    assert image.dtype == np.uint8
+    np.testing.assert_array_equal(image, array.transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("options", [{"quality": 95}, {"quality": 95, "progressive": True}])
@@ -63,10 +60,6 @@ def test_a_jpeg_is_decoded(options: dict[str, object]) -> None:
     gradient = np.linspace(0, 255, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).astype(np.uint8)
     image = pixels_of(saved(Image.fromarray(gradient), "JPEG", **options))
     assert np.abs(image.astype(int) - gradient).max() < 8
-
-
-def test_full_and_no_light_are_exactly_one_and_zero() -> None:
-    np.testing.assert_array_equal(scale_pixels(np.array([0, 255], dtype=np.uint8)), np.array([0, 1], dtype=np.float32))
 
 
 @pytest.mark.parametrize(
@@ -284,11 +277,12 @@ def test_a_view_at_an_odd_offset_is_aligned() -> None:
     np.testing.assert_array_equal(checked, images)
 
 
-def test_uint8_is_scaled_as_decoded_images_are() -> None:
+def test_a_uint8_batch_stays_what_decoded_images_are() -> None:
     array = noise(2, 3, HEIGHT, WIDTH)
     files = [saved(Image.fromarray(image.transpose(1, 2, 0))) for image in array]
-    decoded = np.stack([decode_image(data, RGB, max_pixels=LIMIT) for data in files])
-    np.testing.assert_array_equal(validate_tensor(array, "UINT8", RGB, max_batch=2), decoded)
+    checked = validate_tensor(array, "UINT8", RGB, max_batch=2)
+    assert checked is array
+    np.testing.assert_array_equal(checked, np.stack([pixels_of(data) for data in files]))
 
 
 @pytest.mark.parametrize("datatype", ["FP64", "FP16", "INT8", "BOOL"])
