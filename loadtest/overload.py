@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from loadtest.connections import Address, Message
-from loadtest.drivers import arrivals, closed_loop, drive, in_stages, open_loop
+from loadtest.drivers import Spacing, arrivals, closed_loop, drive, in_stages, open_loop
 from loadtest.image_sets import ImageSet, traffic
 from loadtest.messages import Body
 from loadtest.runs import TOO_MANY, Run
@@ -66,6 +66,7 @@ def main(
     steady_seconds: Annotated[float, typer.Option(help="How long 80 % last.", min=0.5)] = 300,
     over_seconds: Annotated[float, typer.Option(help="How long 150 % last.", min=0.5)] = 60,
     recovery_seconds: Annotated[float, typer.Option(help="How long the recovery is watched.", min=1)] = 20,
+    spacing: Annotated[Spacing, typer.Option(help="Independent clients, or one every 1/rate seconds.")] = "exponential",
     setting: Annotated[list[str] | None, typer.Option(help="A setting of the gateway, as name=value.")] = None,
 ) -> None:
     """Run the acts and print what they showed."""
@@ -82,6 +83,7 @@ def main(
                 concurrency=concurrency,
                 connections=connections,
                 seconds=(capacity_seconds, steady_seconds, over_seconds, recovery_seconds),
+                spacing=spacing,
                 told=partial(typer.echo, err=True),
             )
     verdicts = judge(acts)
@@ -145,6 +147,7 @@ def play(
     concurrency: int,
     connections: int,
     seconds: tuple[float, float, float, float],
+    spacing: Spacing = "exponential",
     told: Callable[[str], None],
 ) -> Acts:
     """Play the acts, each for its seconds; the rates follow from the first, at most so many connections are open.
@@ -162,11 +165,9 @@ def play(
     _, steady_for, over_for, recovery_for = seconds
     told(f"80 % for {steady_for:g} s")
     with memory_over_time(server, min(1.0, steady_for / 4)) as steady_held:
-        steady = drive(
-            open_loop(address, messages, arrivals(below, steady_for, "exponential"), connections=connections)
-        )
+        steady = drive(open_loop(address, messages, arrivals(below, steady_for, spacing), connections=connections))
     told(f"150 % for {over_for:g} s, then 80 % for {recovery_for:g} s")
-    moments = in_stages([(above, over_for), (below, recovery_for)])
+    moments = in_stages([(above, over_for), (below, recovery_for)], spacing)
     with memory_over_time(server, min(1.0, over_for / 4)) as over_held:
         both = drive(open_loop(address, messages, moments, connections=connections))
     ended = steady_held.ended or over_held.ended

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
 
 from loadtest.connections import Address, Message
 from loadtest.drivers import closed_loop, drive
@@ -57,9 +59,10 @@ def own_cost(
     ``versions`` are by what they are called. For each: the gateway's p50 in milliseconds, those of decoding and of the
     engine in this process, its correction of what it alerts included, that of a bare uvicorn that answers a fixed text,
     and ``ratio``, the first over the sum of the others; medians of the rounds, in which all take turns. The same of the
-    processor's time, as means over the requests, with ``cpu_ratio``.
+    processor's time, as means over the requests, with ``cpu_ratio``; and of the ``stages`` as the gateway timed them.
     """
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in versions}
+    stages: dict[str, list[dict[str, float]]] = {name: [] for name in versions}
     for number in range(rounds):
         told(f"round {number + 1} of {rounds}: the gateway's own cost")
         with echo() as server:
@@ -69,12 +72,20 @@ def own_cost(
             path = f"/v1/models/{manifest.name}/predict"
             with gateway(store, models=f"{manifest.name}@{manifest.version}", threads=1) as server:
                 whole = _alone(server, [png_message(image, path) for image in images], requests)
+                stages[name].append(stage_means(httpx.get(f"{server.url}/metrics").text))
             rows[name].append(_row(whole, least, _decoding(fetched, images), _engine(fetched, images)))
     return {
-        name: {key: statistics.median(row[key] for row in measured) for key in measured[0]}
-        | {"ratios": [row["ratio"] for row in measured]}
+        name: {
+            **_medians(measured),
+            "ratios": [row["ratio"] for row in measured],
+            "stages": _medians(stages[name]),
+        }
         for name, measured in rows.items()
     }
+
+
+def _medians(measured: list[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(row[key] for row in measured) for key in measured[0]}
 
 
 def _row(whole: Cost, least: Cost, decoding: Cost, engine: Cost) -> dict[str, float]:
@@ -91,6 +102,16 @@ def _row(whole: Cost, least: Cost, decoding: Cost, engine: Cost) -> dict[str, fl
         "engine_cpu_milliseconds": engine.cpu,
         "cpu_ratio": whole.cpu / sum(part.cpu for part in parts),
     }
+
+
+def stage_means(exposition: str) -> dict[str, float]:
+    """Return what each stage took, by what a gateway told Prometheus: means in milliseconds by the stage's name."""
+    (family,) = (
+        family for family in text_string_to_metric_families(exposition) if family.name == "portcullis_stage_seconds"
+    )
+    values = {(sample.name.rpartition("_")[2], sample.labels["stage"]): sample.value for sample in family.samples}
+    counts = {stage: count for (kind, stage), count in values.items() if kind == "count" and count}
+    return {stage: 1000 * values["sum", stage] / count for stage, count in counts.items()}
 
 
 def _alone(server: Running, messages: list[Message], requests: int) -> Cost:

@@ -225,7 +225,7 @@ def test_the_page_shows_every_phase():
                 "failures": {"D": "it <did> not start"},
             },
             "art": {"1": {"bare": {"cpu_milliseconds": 1.0, "over_bare": 1.0}}},
-            "gateway": {"bare": dict.fromkeys(names, 1.25)},
+            "gateway": {"bare": {**dict.fromkeys(names, 1.25), "stages": {"decode": 0.07, "encode": 0.02}}},
         },
     }
     shown = page(result)
@@ -235,3 +235,4 @@ def test_the_page_shows_every_phase():
     assert shown.index("Everyone is sent PNGs") < shown.index("C</td>") < shown.index("what is best for it")
     assert shown.index("what is best for it") < shown.index("<td>raw pixels</td>")
     assert shown.count("<h2>") == 3
+    assert 'bare: decode <data value="0.07">0.07</data>, encode <data value="0.02">0.02</data></li>' in shown

@@ -5,9 +5,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from loadtest.own_cost import engine_of
+from loadtest.own_cost import engine_of, own_cost, stage_means
 from model_store import Draft, FalsePositiveRate, Fetched, InputSpec, Parent, Store
 from service.engines import Answers
+from service.metrics import Metrics
 
 IMAGE = ("n", 1, 4, 4)
 
@@ -77,3 +78,21 @@ def test_the_engines_part_answers_alerted_images_twice_as_the_gateway_does(corre
     assert answers.alerts.tolist() == [False, True]
     assert answers.logits.tolist() == [[0.25, 0.25], [-0.75, -0.75]]
     assert answers.purified[:, 0, 0, 0].tolist() == [0.25, 0.25]
+
+
+def test_a_gateways_own_cost_is_told_beside_its_parts(store, image_set):
+    versions = {"bare": Store.open(store / "models").fetch("digits", 1)}
+    told = own_cost(store, versions, image_set.clean[:4], requests=20, rounds=2, told=lambda _: None)["bare"]
+    assert 0 < told["echo_p50"] < told["gateway_p50"]
+    assert told["gateway_p50"] > told["engine"] > 0
+    assert len(told["ratios"]) == 2
+    assert set(told["stages"]) == {"decode", "queue", "purify_classify_inspect", "encode"}
+    assert min(told["stages"].values()) > 0
+
+
+def test_a_stage_that_never_ran_is_left_out():
+    metrics = Metrics()
+    for seconds in (0.001, 0.003):
+        metrics.stages["decode"].observe(seconds)
+    metrics.stages["encode"].observe(0.5)
+    assert stage_means(metrics.exposition().decode()) == pytest.approx({"decode": 2.0, "encode": 500.0})
