@@ -17,6 +17,9 @@ SIDES = (256, 512, 1024)
 GPU_SIDES = (2048, 4096, 8192)
 COPIED = 2**26
 TURNS = 15
+DTYPES: Mapping[Arithmetic, torch.dtype] = MappingProxyType(
+    {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+)
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,6 @@ def torch_products_per_second(device: torch.device, arithmetic: Arithmetic) -> f
         return max(_torch_products_of(side, device, DTYPES[arithmetic]) for side in sides)
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-DTYPES: Mapping[Arithmetic, torch.dtype] = MappingProxyType(
-    {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-)
 
 
 @torch.inference_mode()

@@ -57,9 +57,9 @@ class _Waiting(Generic[A]):
 
 
 class Batcher(Generic[A]):
-    """Gather the images of concurrent requests into batches for one model, and compute them in a thread of its own.
+    """Gather the images of concurrent requests into batches for one model, and compute them in ``lanes`` threads.
 
-    A batch is whatever waits when the model becomes free, at most ``max_batch`` images of whole requests; a larger
+    A batch is whatever waits when a lane becomes free, at most ``max_batch`` images of whole requests; a larger
     request is split by ``submit``. A lone request never waits for company: a batch that is not full waits, at most
     ``longest_wait`` seconds from its oldest image's arrival, only while other requests are being decoded (``coming``).
     A lone image that is soon computed (``LONE_SECONDS``) is computed on the event loop, which saves two changes of
@@ -78,6 +78,7 @@ class Batcher(Generic[A]):
         capacity: int,
         longest_wait: float,
         metrics: Metrics,
+        lanes: int = 1,
     ) -> None:
         self.model = model
         self.max_batch = max_batch
@@ -91,9 +92,9 @@ class Batcher(Generic[A]):
         self._closed = False
         self._changed = threading.Condition()
         self._telling = False
-        self._busy = False
+        self._running = 0
         self._lone_seconds = float("inf")
-        self._thread = threading.Thread(target=self._work, name=f"model-{model}", daemon=True)
+        self._lanes = [threading.Thread(target=self._work, name=f"model-{model}", daemon=True) for _ in range(lanes)]
         self._loop: asyncio.AbstractEventLoop | None = None
         self._seconds, self._queued = metrics.stages["purify_classify_inspect"], metrics.stages["queue"]
         self._sizes, self._gauge = metrics.batch_size.labels(model), metrics.queue_depth.labels(model)
@@ -101,7 +102,8 @@ class Batcher(Generic[A]):
     def start(self) -> Self:
         """Start to take batches; call within a running event loop."""
         self._loop = asyncio.get_running_loop()
-        self._thread.start()
+        for lane in self._lanes:
+            lane.start()
         return self
 
     def check_room(self, images: int) -> None:
@@ -156,21 +158,22 @@ class Batcher(Generic[A]):
         """Refuse further images, answer those that were taken, and end."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
-        if self._thread.ident is not None:
-            await asyncio.to_thread(self._thread.join)
+            self._changed.notify_all()
+        for lane in self._lanes:
+            if lane.ident is not None:
+                await asyncio.to_thread(lane.join)
 
     def _tell_soon(self) -> None:
-        """Wake the thread once everything that the event loop has at hand has been looked at: it comes together."""
+        """Wake a lane once everything that the event loop has at hand has been looked at: it comes together."""
         if not self._telling:
             self._telling = True
             asyncio.get_running_loop().call_soon(self._tell)
 
     def _tell(self) -> None:
-        """Compute what waits on the event loop where it is a lone image and soon done, else wake the thread."""
+        """Compute what waits on the event loop where it is a lone image and soon done, else wake a lane."""
         self._telling = False
         with self._changed:
-            alone = self._depth == 1 and not (self._coming or self._busy)
+            alone = self._depth == 1 and not (self._coming or self._running)
             batch = self._taken() if alone and self._lone_seconds <= LONE_SECONDS else []
             if not batch:
                 self._changed.notify()
@@ -189,18 +192,19 @@ class Batcher(Generic[A]):
         self._gauge.dec(left)
 
     def _work(self) -> None:
-        """Compute batches, in the thread, until the batcher is closed and nothing waits."""
+        """Compute batches, in a lane, until the batcher is closed and nothing waits."""
         while batch := self._next_batch():
             self._answer(batch)
+            with self._changed:
+                self._running -= 1
 
     def _next_batch(self) -> list[_Waiting[A]]:
         with self._changed:
-            self._busy = False
             while not (self._closed and not self._waiting):
                 self._wait_for_images()
                 # What waited may have been withdrawn or computed meanwhile, or be over.
                 if batch := self._taken():
-                    self._busy = True
+                    self._running += 1
                     return batch
         return []
 
@@ -260,7 +264,7 @@ class Batcher(Generic[A]):
         return error
 
     def _settle(self, batch: Sequence[_Waiting[A]], outcome: A | Exception, start: float) -> None:
-        """Hand what became of a batch, begun at ``start``, from the thread to the event loop."""
+        """Hand what became of a batch, begun at ``start``, from a lane to the event loop."""
         assert self._loop is not None, "batches are only taken after the start"
         self._loop.call_soon_threadsafe(self._hand_out, batch, outcome, start)
 

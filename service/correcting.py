@@ -30,7 +30,7 @@ class CorrectingEngine:
         self._first = source.open(tuple(dict.fromkeys([*outputs, *NEEDED])))
         self._correction = source.open_correction(purified="purified" in outputs)
         self.platform, self.arithmetic = self._first.platform, self._first.arithmetic
-        self.warm_up_sizes = self._first.warm_up_sizes
+        self.warm_up_sizes, self.lanes = self._first.warm_up_sizes, self._first.lanes
 
     def try_out(self, shape: tuple[int, ...], classes: int) -> None:
         """Correct images of a shape (C, H, W) in every size that is prepared for; raises ``GraphUnloadable``."""

@@ -56,6 +56,8 @@ class Engine(Protocol):
     divided by 255. ``platform`` says what runs the version and in which format it was read, as the Open Inference
     Protocol names platforms: ``<project>_<format>``. ``arithmetic`` is what it multiplies in. ``warm_up_sizes`` are the
     sizes of batch to be run once before the first is answered: whatever is prepared for a size is prepared then.
+    ``lanes`` are how many batches are worth being computed at once: of several the copies run beside each other's
+    computation.
     """
 
     @property
@@ -66,6 +68,9 @@ class Engine(Protocol):
 
     @property
     def warm_up_sizes(self) -> tuple[int, ...]: ...
+
+    @property
+    def lanes(self) -> int: ...
 
     def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Return each output by name."""

@@ -51,6 +51,7 @@ class OnnxEngine:
             raise GraphUnloadable(path, str(error).strip()) from error
         fix_noise(model, float(noise))
         self.name = path.name
+        self.lanes = 1
         self.platform = PLATFORM
         self.arithmetic: Arithmetic = "tf32" if device == "cuda" and not exact else "fp32"
         self._outputs = list(outputs)

@@ -14,7 +14,7 @@ from defenses.pixels import to_float
 from defenses.protected import ProtectedClassifier
 from service.engines.answers import Answers, Arithmetic
 from service.engines.buckets import buckets_up_to, portions
-from service.engines.torch_cuda import CapturedRuns
+from service.engines.torch_cuda import IN_FLIGHT, CapturedRuns
 from service.engines.torch_outputs import Version, VersionOutputs
 
 ARITHMETIC: Mapping[torch.dtype | None, Arithmetic] = MappingProxyType(
@@ -52,10 +52,12 @@ class TorchEngine:
         # torch's own annotations do not know of the layout.
         self._module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.warm_up_sizes: tuple[int, ...] = (1, max_batch) if max_batch > 1 else (1,)
+        self.lanes = 1
         self._compute: Computation = self._on_processor
         if device.type == "cuda":
             classifier = version if isinstance(version, Classifier) else version.classifier
             self.warm_up_sizes = buckets_up_to(max_batch)
+            self.lanes = IN_FLIGHT
             self._compute = CapturedRuns(self._module, classifier.image_shape, self.warm_up_sizes, device)
 
     def predict(self, images: np.ndarray) -> Answers:

@@ -347,6 +347,26 @@ async def test_a_model_goes_on_after_all_that_waited_for_company_has_left(patien
     assert door.sizes == [2]
 
 
+async def test_as_many_batches_as_there_are_lanes_are_computed_at_once(engine, door, dark):
+    batcher = Batcher(
+        "fragile", door.predict, max_batch=4, capacity=10, longest_wait=0, metrics=Metrics(), lanes=2
+    ).start()
+    requests = [unit(dark(count, seed=count)) for count in (2, 3, 1, 4)]
+    tasks = []
+    for images in requests[:2]:
+        tasks.append(await held(batcher, door, images))
+        door.entered.clear()
+    tasks += [asyncio.create_task(batcher.submit(images)) for images in requests[2:]]
+    await asyncio.sleep(0.05)
+    assert door.sizes == [2, 3], "the others wait for a lane"
+    door.open.set()
+    for images, (answer,) in zip(requests, await asyncio.gather(*tasks), strict=True):
+        np.testing.assert_allclose(answer.logits, engine.predict(images).logits, atol=1e-5)
+    await asyncio.wait_for(batcher.stop(), 5)
+    assert sorted(door.sizes) == [1, 2, 3, 4]
+    assert "model-fragile" not in {thread.name for thread in threading.enumerate()}
+
+
 class Where:
     """Answer with an engine, after so many seconds, and note in which thread."""
 

@@ -1,6 +1,7 @@
 """Versions on torch: the answers of ONNX Runtime, within a tolerance; noise, sizes, half the bits, buffers."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
@@ -132,6 +133,7 @@ def test_more_images_than_the_largest_batch_are_computed_in_portions(made, mixed
     one = made["coophance"]
     small, large = (TorchEngine(one.version, one.outputs, device=CPU, noise=False, max_batch=n) for n in (5, 64))
     assert (small.warm_up_sizes, large.warm_up_sizes) == ((1, 5), (1, 64))
+    assert small.lanes == 1
     for name, wanted in large.run(mixed).items():
         np.testing.assert_allclose(small.run(mixed)[name], wanted, atol=1e-5)
 
@@ -225,6 +227,22 @@ def test_a_gpu_answers_what_the_processor_answers_in_every_size(made, mixed, kin
             for name, values in engine.run(mixed[:count]).items():
                 if name != "alert":
                     assert apart(expected[name][:count], values).max() < HALF[torch.float16][0], (name, count)
+    finally:
+        one.version.to(CPU)
+
+
+@gpu
+def test_a_gpu_answers_as_many_batches_at_once_as_it_has_lanes(made, mixed):
+    one = made["coophance"]
+    try:
+        engine = TorchEngine(one.version, ("logits",), device=torch.device("cuda"), noise=False, max_batch=8)
+        batches = [mixed[start : start + size] for start in range(8) for size in (1, 3, 8)]
+        expected = [engine.run(batch)["logits"] for batch in batches]
+        with ThreadPoolExecutor(engine.lanes) as lanes:
+            together = list(lanes.map(lambda batch: engine.run(batch)["logits"], batches))
+        assert engine.lanes == 2
+        for alone, beside in zip(expected, together, strict=True):
+            np.testing.assert_array_equal(alone, beside)
     finally:
         one.version.to(CPU)
 
