@@ -53,7 +53,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def gateways(store: Path, server: str, model: str, version: int, **settings: object) -> list[Contender]:
-    """Return the gateway with one version of a model, by PNG and binary tensor, in one thread and in as many as cores.
+    """Return the gateway with one version of a model, by PNG and binary tensor, in each of its ways to use the cores.
 
     ``server`` is what it is called in the tables, ``settings`` are further ones of the gateway.
     """
@@ -64,12 +64,12 @@ def gateways(store: Path, server: str, model: str, version: int, **settings: obj
     return [
         Contender(
             server,
-            counted(threads, "thread"),
+            f"{counted(lanes, 'lane')} of {counted(threads, 'thread')}",
             body,
             message,
-            partial(gateway, store, models=f"{model}@{version}", threads=threads, **settings),
+            partial(gateway, store, models=f"{model}@{version}", threads=threads, lanes=lanes, **settings),
             raw=body == "binary tensor",
         )
-        for threads in (1, CORES)
+        for lanes, threads in ((1, 1), (1, CORES), (CORES, 1))
         for body, message in routes.items()
     ]

@@ -94,7 +94,7 @@ class ServedModel:
             capacity=settings.queue_images,
             longest_wait=settings.batch_wait_seconds,
             metrics=metrics,
-            lanes=self._engine.lanes,
+            lanes=settings.lanes or self._engine.lanes,
         )
         self._info = (self.name, str(self.version), self.manifest.kind, self.mode, self.digest)
 

@@ -296,12 +296,13 @@ async def test_the_queue_is_measured(door, dark):
     assert (sizes, waits) == (7, 3)
 
 
-async def test_forty_clients_at_once_each_get_what_their_image_alone_gets(gateway, store, dark, bright):
+@pytest.mark.parametrize("lanes", [1, 2])
+async def test_forty_clients_at_once_each_get_what_their_image_alone_gets(gateway, store, dark, bright, lanes):
     names = ["logits", "score", "alert", "purified"]
     alone = OnnxEngine(store / "models" / "digits" / "2" / "model.onnx", names, threads=1, noise=False)
     images = [(dark if number % 3 else bright)(1 + number % 4, seed=number) for number in range(40)]
     expected = [alone.predict(unit(pixels)) for pixels in images]
-    async with gateway(max_batch=8) as visitor:
+    async with gateway(max_batch=8, threads=1, lanes=lanes) as visitor:
         wanted = ["label", "class_index", "verdict", "logits", "score", "purified"]
         answers = await asyncio.gather(*(visitor.outputs("digits", pixels, wanted) for pixels in images))
         batches = await visitor.metric("batch_size_count", model="digits")

@@ -34,6 +34,7 @@ def test_every_setting_is_described_and_read_from_its_variable(monkeypatch):
         "engine": ("torch", "torch"),
         "precision": ("fp16", "fp16"),
         "threads": ("2", 2),
+        "lanes": ("3", 3),
         "mode": ("shadow", "shadow"),
         "modes": ('{"digits": "enforce"}', {"digits": "enforce"}),
         "disclose": ("verdict", "verdict"),
