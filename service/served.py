@@ -11,6 +11,7 @@ import numpy as np
 
 from model_store import Fetched
 from service.batching import Batcher, BatcherClosed, QueueFull
+from service.cores import with_cores
 from service.correcting import CorrectingEngine
 from service.engines import Answers, Engine, GraphUnloadable, outputs_of
 from service.engines.opening import Source, open_source
@@ -75,7 +76,13 @@ class ServedModel:
         present = outputs_of(path)
         self.defended = "purified" in present
         wanted = [name for name in _wanted(self.mode, settings) if name in present]
-        source = open_source(fetched, path, path.with_name(CORRECTION), settings)
+        correction = path.with_name(CORRECTION)
+        settings = with_cores(
+            settings,
+            lambda shared: open_source(fetched, path, correction, shared).open(tuple(wanted)),
+            self.manifest.input.shape,
+        )
+        source = open_source(fetched, path, correction, settings)
         self._engine = self._opened(source, wanted)
         self._bare = (
             source.open(("undefended_logits",))

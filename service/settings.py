@@ -42,9 +42,17 @@ class Settings(BaseSettings):
         description="What answers are computed in: `fp32`, or with `torch` `bf16` or `fp16`. `auto` is `fp32`, but "
         "with `cuda` what is faster and leaves a version's answers what they are.",
     )
-    threads: int = Field(0, ge=0, description="Threads that the computation of one batch may use; 0 takes every core.")
+    threads: int = Field(
+        0,
+        ge=0,
+        description="Threads that compute one batch; 0 takes every core, but one where `lanes` is 0 too and it "
+        "answers an image in 10 ms.",
+    )
     lanes: int = Field(
-        0, ge=0, description="Batches of one model that are computed at once; 0 is 1, and 2 with `torch` on `cuda`."
+        0,
+        ge=0,
+        description="Batches of a model computed at once; 0 is 1, but 2 with `torch` on `cuda`, and one a core "
+        "where `threads` so takes one.",
     )
 
     mode: Mode = Field("flag", description="What an alert does to the answer, for models that `modes` does not name.")
