@@ -24,6 +24,7 @@ from loadtest.overload import (
     allow_open_files,
     connections_for,
     judge,
+    least_rate,
     play,
     recovered_after,
     settings_of,
@@ -116,6 +117,16 @@ def test_open_files_are_allowed_as_far_as_the_system_does():
                 allow_open_files(hard + 1)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_capacity_is_what_the_worst_window_shows():
+    brisk, slow = np.arange(0, 5, 0.01), np.arange(5, 10, 0.02)
+    moments = np.concatenate([brisk, slow, [11.0]])
+    run = run_of(np.full(len(moments), 0.001), intended=moments, duration=11.5)
+    assert least_rate(run, 11.5) == 50, "the rest of a window counts for nothing"
+    refused = run_of(np.full(len(moments), 0.001), np.where(moments < 1, 429, 200), moments, 11.5)
+    assert least_rate(refused, 6) == 80
+    assert least_rate(run, 4) == run.rate
 
 
 def test_recovery_counts_from_the_last_bad_second():
