@@ -1,8 +1,8 @@
 """What opening a version costs, and what keeping the runtime's prepared graph would save: `python -m loadtest.opening`.
 
-A version is opened as a gateway does on a processor. Beside that stand the runtime's session for the very graph that
-is served, and one for that graph as the runtime itself prepared and wrote it, with nothing left to prepare: what a
-start could save that found it in the store.
+A version's graph is opened as a gateway does on a processor, in one thread. Beside that stand the runtime's session
+for the very graph that is served, and one for that graph as the runtime itself prepared and wrote it, with nothing left
+to prepare: what a start could save that found it in the store.
 """
 
 import statistics
@@ -20,7 +20,8 @@ from loadtest.cost_model import markdown_table
 from model_store import Store, parse_reference
 from service.cli.common import failures_told
 from service.engines import OnnxEngine, outputs_of, pruned
-from service.engines.onnx_graph import fix_noise, with_noise_fed
+from service.engines.onnx_fed import fed_graph
+from service.engines.onnx_graph import fix_noise
 from service.engines.onnx_session import CPU
 from service.repository import MODELS
 from service.served import GRAPH
@@ -54,7 +55,7 @@ def opening(path: Path, turns: int) -> Opening:
     outputs = [name for name in ANSWERED if name in outputs_of(path)]
     model = pruned(path, outputs)
     fix_noise(model, 1.0)
-    graph = with_noise_fed(model)[0].SerializeToString()
+    graph = fed_graph(model, path, outputs)[0].SerializeToString()
     with TemporaryDirectory() as folder:
         written = Path(folder) / "prepared.onnx"
         options = _options(path)

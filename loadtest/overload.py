@@ -162,7 +162,8 @@ def play(
     capacity = drive(closed_loop(address, messages, concurrency=concurrency, seconds=seconds[0]))
     least = least_rate(capacity, seconds[0])
     if least == 0:
-        raise ValueError(f"Expected answers with 200 to measure a capacity, got {capacity.summary()['statuses']}.")
+        got = f"{capacity.summary()['statuses']}, and none in one part of {WINDOW_SECONDS:g} s"
+        raise ValueError(f"Expected answers with 200 all the time to measure a capacity, got {got}.")
     told(f"capacity: {least:.0f} requests per second")
     below, above = 0.8 * least, 1.5 * least
     _, steady_for, over_for, recovery_for = seconds

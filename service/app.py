@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -25,6 +24,7 @@ from service.alerts import (
 )
 from service.batching import BatcherClosed, QueueFull
 from service.body_limit import BodiesFull, BodyBudget, BodyLimit, BodyTooLarge
+from service.cores import cores
 from service.deadlines import RequestTimedOut
 from service.decoding import DecodeQueueFull, Decoder
 from service.departures import Departures
@@ -94,7 +94,7 @@ def create_app(settings: Settings) -> DirectApp:
         metrics.alert_queue_depth.set_function(lambda: writer.depth)
         repository = Repository(settings, metrics)
         departures = Departures()
-        decoder = Decoder(os.cpu_count() or 1, settings.queue_decodes)
+        decoder = Decoder(cores(), settings.queue_decodes)
         bodies = BodyBudget(settings.queue_bytes)
         app.state.gateway = Gateway(settings, metrics, repository, log, vault, writer, decoder, departures, bodies)
         watching = asyncio.create_task(departures.watch(), name="look after clients that leave")

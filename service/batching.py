@@ -14,8 +14,11 @@ import numpy as np
 from service.metrics import Metrics, Timed
 from service.pixels import as_batch
 
-LONE_SECONDS = 0.005
-"""A lone image is computed on the event loop where the last one took at most so long: less than what it would delay."""
+LONE_SECONDS = 0.002
+"""A lone image is computed on the event loop where the last one took at most so long: longer, and it saves little."""
+
+CALM_TURNS = 3
+"""How often the event loop turns after an answer until whatever had come meanwhile is submitted."""
 
 
 class Rows(Protocol):
@@ -62,8 +65,9 @@ class Batcher(Generic[A]):
     A batch is whatever waits when a lane becomes free, at most ``max_batch`` images of whole requests; a larger
     request is split by ``submit``. A lone request never waits for company: a batch that is not full waits, at most
     ``longest_wait`` seconds from its oldest image's arrival, only while other requests are being decoded (``coming``).
-    A lone image that is soon computed (``LONE_SECONDS``) is computed on the event loop, which saves two changes of
-    thread: nothing else waits, and nothing can come meanwhile.
+    What waits is shared out among the lanes that are free. A lone image that is soon computed (``LONE_SECONDS``) is
+    computed on the event loop, which saves two changes of thread: nothing else waits, and nothing had come while the
+    last answer was made, so that a second client is not kept waiting for the first one's.
     When a batch fails, each of its requests is computed alone, so that nobody gets an error for a neighbour's input;
     what fails alone is answered by ``instead``, in the same thread, where that is given and does not fail as well.
     """
@@ -93,6 +97,8 @@ class Batcher(Generic[A]):
         self._changed = threading.Condition()
         self._telling = False
         self._running = 0
+        self._arrivals = 0
+        self._calm = True
         self._lone_seconds = float("inf")
         self._lanes = [threading.Thread(target=self._work, name=f"model-{model}", daemon=True) for _ in range(lanes)]
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -140,6 +146,7 @@ class Batcher(Generic[A]):
         else:
             starts = range(0, len(images), self.max_batch)
             pieces = [_Waiting(images[start : start + self.max_batch], new_answer(), request) for start in starts]
+        self._arrivals += 1
         with self._changed:
             self._waiting.extend(pieces)
             self._depth += len(images)
@@ -173,7 +180,8 @@ class Batcher(Generic[A]):
         """Compute what waits on the event loop where it is a lone image and soon done, else wake a lane."""
         self._telling = False
         with self._changed:
-            alone = self._depth == 1 and not (self._coming or self._running)
+            alone = self._calm and self._depth == 1 and not (self._coming or self._running)
+            self._calm = False
             batch = self._taken() if alone and self._lone_seconds <= LONE_SECONDS else []
             if not batch:
                 self._changed.notify()
@@ -205,6 +213,8 @@ class Batcher(Generic[A]):
                 # What waited may have been withdrawn or computed meanwhile, or be over.
                 if batch := self._taken():
                     self._running += 1
+                    if self._waiting:
+                        self._changed.notify()
                     return batch
         return []
 
@@ -218,10 +228,14 @@ class Batcher(Generic[A]):
             self._changed.wait(left)
 
     def _taken(self) -> list[_Waiting[A]]:
-        """Take the next batch off the queue; what is over, by its deadline or another piece's error, is left out."""
+        """Take the next batch off the queue: what waits, or a part of it where other lanes are free for the rest.
+
+        What is over, by its deadline or another piece's error, is left out.
+        """
         batch: list[_Waiting[A]] = []
         size, left, now = 0, 0, monotonic()
-        while self._waiting and (not batch or size + len(self._waiting[0].images) <= self.max_batch):
+        most = min(self.max_batch, -(-self._depth // max(1, len(self._lanes) - self._running)))
+        while self._waiting and (not batch or size + len(self._waiting[0].images) <= most):
             piece = self._waiting.popleft()
             left += len(piece.images)
             if piece.request.error is None and piece.request.deadline <= now:
@@ -280,3 +294,11 @@ class Batcher(Generic[A]):
             else:
                 piece.answer.set_result(outcome if len(batch) == 1 else outcome[first:last])
             first = last
+        self._calm_down(self._arrivals, CALM_TURNS)
+
+    def _calm_down(self, arrivals: int, turns: int) -> None:
+        """Note, so many turns of the event loop from now, that nothing came since there were so many arrivals."""
+        if turns and arrivals == self._arrivals:
+            asyncio.get_running_loop().call_soon(self._calm_down, arrivals, turns - 1)
+        else:
+            self._calm = arrivals == self._arrivals

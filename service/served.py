@@ -11,7 +11,7 @@ import numpy as np
 
 from model_store import Fetched
 from service.batching import Batcher, BatcherClosed, QueueFull
-from service.cores import with_cores
+from service.cores import opened_in_cores
 from service.correcting import CorrectingEngine
 from service.engines import Answers, Engine, GraphUnloadable, outputs_of
 from service.engines.opening import Source, open_source
@@ -76,14 +76,12 @@ class ServedModel:
         present = outputs_of(path)
         self.defended = "purified" in present
         wanted = [name for name in _wanted(self.mode, settings) if name in present]
-        correction = path.with_name(CORRECTION)
-        settings = with_cores(
+        source, self._engine, lanes = opened_in_cores(
             settings,
-            lambda shared: open_source(fetched, path, correction, shared).open(tuple(wanted)),
+            lambda chosen: open_source(fetched, path, path.with_name(CORRECTION), chosen),
+            lambda source: self._opened(source, wanted),
             self.manifest.input.shape,
         )
-        source = open_source(fetched, path, correction, settings)
-        self._engine = self._opened(source, wanted)
         self._bare = (
             source.open(("undefended_logits",))
             if self.defended and (self.mode == "shadow" or settings.on_defense_error == "open")
@@ -101,7 +99,7 @@ class ServedModel:
             capacity=settings.queue_images,
             longest_wait=settings.batch_wait_seconds,
             metrics=metrics,
-            lanes=settings.lanes or self._engine.lanes,
+            lanes=lanes,
         )
         self._info = (self.name, str(self.version), self.manifest.kind, self.mode, self.digest)
 

@@ -45,14 +45,13 @@ class Settings(BaseSettings):
     threads: int = Field(
         0,
         ge=0,
-        description="Threads that compute one batch; 0 takes every core, but one where `lanes` is 0 too and it "
-        "answers an image in 10 ms.",
+        description="Threads that compute one batch. 0 with `lanes` 0: what suits the version; else 0 is every core.",
     )
     lanes: int = Field(
         0,
         ge=0,
-        description="Batches of a model computed at once; 0 is 1, but 2 with `torch` on `cuda`, and one a core "
-        "where `threads` so takes one.",
+        description="Batches of a model computed at once. 0 with `threads` 0: what suits the version; else 0 is 1, "
+        "and 2 with `torch` on `cuda`.",
     )
 
     mode: Mode = Field("flag", description="What an alert does to the answer, for models that `modes` does not name.")

@@ -29,10 +29,7 @@ class FedGraph:
 
     def __init__(self, model: onnx.ModelProto, path: Path, outputs: Sequence[str], *, threads: int) -> None:
         self._outputs = list(outputs)
-        fed, draws = with_noise_fed(model)
-        rows = row_shapes(model, path, outputs, draws) if draws else {}
-        self._noise = {draw.name: rows[draw.name][0] for draw in draws}
-        _declare(fed, self._noise)
+        fed, self._noise = fed_graph(model, path, outputs)
         self._session = open_session(fed, path, "cpu", threads)
         self._random = np.random.SFC64()
 
@@ -50,12 +47,21 @@ class FedGraph:
         return {name: values[start:end].reshape(count, *shape) for (name, shape), start, end in places}
 
 
-def _declare(model: onnx.ModelProto, rows: Mapping[str, tuple[int, ...]]) -> None:
-    """Tell the runtime the shapes of inputs, by which it lays out what they are added to."""
-    for value in model.graph.input:
+def fed_graph(
+    model: onnx.ModelProto, path: Path, outputs: Sequence[str]
+) -> tuple[onnx.ModelProto, dict[str, tuple[int, ...]]]:
+    """Return a graph whose noise is fed to it, and the shapes of that noise for one image by the input's name.
+
+    The runtime is told these shapes, by which it lays out what noise is added to. Raises as ``row_shapes`` does.
+    """
+    fed, draws = with_noise_fed(model)
+    all_rows = row_shapes(model, path, outputs, draws) if draws else {}
+    rows = {draw.name: all_rows[draw.name][0] for draw in draws}
+    for value in fed.graph.input:
         if value.name in rows:
             shape: list[str | int | None] = ["N", *rows[value.name]]
             value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, onnx.TensorProto.FLOAT, shape))
+    return fed, rows
 
 
 def standard_normal(random: np.random.BitGenerator, count: int) -> np.ndarray:

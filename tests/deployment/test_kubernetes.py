@@ -109,9 +109,9 @@ def test_the_gateways_config_makes_settings(gateway_settings):
     assert gateway_settings.disclosure == "label"
 
 
-def test_a_gateway_computes_with_as_many_threads_as_it_has_cpus(gateway_pod, gateway_settings):
-    used = gateway_settings.threads * gateway_settings.lanes
-    assert used == int(gateway_pod["containers"][0]["resources"]["requests"]["cpu"])
+def test_a_gateway_computes_in_as_many_lanes_as_it_has_cpus(gateway_pod, gateway_settings):
+    assert gateway_settings.threads == 1
+    assert gateway_settings.lanes == int(gateway_pod["containers"][0]["resources"]["requests"]["cpu"])
 
 
 def test_the_pod_takes_its_config_from_the_one_that_is_generated(root, gateway_pod):

@@ -25,8 +25,7 @@ def test_opening_is_told_beside_a_session_that_has_nothing_to_prepare(measure):
     assert [row[1].strip() for row in rows] == ["digits@1", "digits@2"]
     for row in rows:
         engine, session, prepared = (float(cell) for cell in row[2:5])
-        assert engine >= session > 0
-        assert prepared > 0
+        assert min(engine, session, prepared) > 0
 
 
 def test_a_version_that_is_not_there_is_named(measure):

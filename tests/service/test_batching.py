@@ -348,6 +348,20 @@ async def test_a_model_goes_on_after_all_that_waited_for_company_has_left(patien
     assert door.sizes == [2]
 
 
+@pytest.mark.parametrize("counts", [(8,), (1, 1, 1, 1), (3, 1)])
+async def test_what_comes_at_once_is_shared_out_among_free_lanes(engine, door, dark, counts):
+    options = {"max_batch": 4, "capacity": 10, "longest_wait": 0, "metrics": Metrics(), "lanes": 2}
+    batcher = Batcher("fragile", door.predict, **options).start()
+    requests = [unit(dark(count, seed=seed)) for seed, count in enumerate(counts)]
+    tasks = [asyncio.create_task(batcher.submit(images)) for images in requests]
+    await asyncio.sleep(0.05)
+    assert sorted(door.sizes) == sorted({(8,): (4, 4), (1, 1, 1, 1): (2, 2), (3, 1): (3, 1)}[counts])
+    door.open.set()
+    for images, pieces in zip(requests, await asyncio.gather(*tasks), strict=True):
+        np.testing.assert_allclose(joined(pieces), engine.predict(images).logits, atol=1e-5)
+    await batcher.stop()
+
+
 async def test_as_many_batches_as_there_are_lanes_are_computed_at_once(engine, door, dark):
     batcher = Batcher(
         "fragile", door.predict, max_batch=4, capacity=10, longest_wait=0, metrics=Metrics(), lanes=2
@@ -391,9 +405,10 @@ async def test_a_lone_image_is_computed_on_the_event_loop_where_that_is_soon_don
     image[:, 0, 0, :2] = 0
 
     async def computed_alone() -> list[str]:
-        """Submit until an image is computed on the event loop, as the thread may not have turned back to its queue."""
+        """Submit, with pauses, until an image is computed on the event loop: the thread turns back to its queue."""
         where.threads.clear()
         while loop not in where.threads and len(where.threads) < 200:
+            await asyncio.sleep(0.002)
             (answer,) = await batcher.submit(image)
             np.testing.assert_allclose(answer.logits, engine.predict(image).logits, atol=1e-5)
         return where.threads
@@ -410,10 +425,15 @@ async def test_a_lone_image_is_computed_on_the_event_loop_where_that_is_soon_don
     assert (await computed_alone())[-1] == loop
     for seconds in (0.25, 0.0):
         where.seconds = seconds
+        await asyncio.sleep(0.01)
         await batcher.submit(image)
     assert where.threads[-2:] == [loop, own], "once it took long the next image leaves the event loop free"
     assert (await computed_alone())[-1] == loop
+    await batcher.submit(image)
+    assert where.threads[-2:] == [loop, own], "what had come while the last answer was made is no lone image"
+    assert (await computed_alone())[-1] == loop
     image[0, 0, 0, 0] = 1
+    await asyncio.sleep(0.01)
     with pytest.raises(Exception, match="out of data bounds"):
         await batcher.submit(image)
     assert where.threads[-2:] == [loop, loop], "what fails there fails alone"

@@ -1,61 +1,72 @@
 """Small versions are computed beside each other, large ones in every core; whoever says otherwise is obeyed."""
 
-import os
+import threading
 import time
 
 import numpy as np
 import pytest
 
-from service.cores import SMALL_SECONDS, seconds_alone, with_cores
+from service.cores import SMALL_SECONDS, cores, opened_in_cores, seconds_alone
 from service.engines import OnnxEngine
 from service.settings import Settings
 
 SHAPE = (1, 16, 16)
 
 
-class Slowed:
-    """Answer with an engine, so many seconds late."""
+class Slowed(OnnxEngine):
+    """Answer so many seconds late."""
 
-    def __init__(self, engine: OnnxEngine, seconds: float) -> None:
-        self._engine = engine
-        self._seconds = seconds
+    seconds = 2 * SMALL_SECONDS
 
     def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        time.sleep(self._seconds)
-        return self._engine.run(images)
+        time.sleep(self.seconds)
+        return super().run(images)
 
 
-@pytest.fixture(scope="module")
-def engine(store) -> OnnxEngine:
-    return OnnxEngine(store / "models" / "digits" / "2" / "model.onnx", ["logits", "score"], threads=1)
+def opened(store, settings: Settings, kind: type[OnnxEngine] = OnnxEngine) -> tuple[list[int], int]:
+    """Return the threads of each opening, and the lanes."""
+    path, asked = store / "models" / "digits" / "2" / "model.onnx", []
+
+    def open_engine(threads: int) -> OnnxEngine:
+        asked.append(threads)
+        return kind(path, ["logits", "score"], threads=threads)
+
+    source, engine, lanes = opened_in_cores(settings, lambda chosen: chosen.threads, open_engine, SHAPE)
+    assert source == asked[-1]
+    assert isinstance(engine, kind)
+    return asked, lanes
 
 
-def used(settings: Settings, engine) -> tuple[int, int]:
-    chosen = with_cores(settings, lambda shared: engine, SHAPE)
-    assert chosen.model_dump(exclude={"threads", "lanes"}) == settings.model_dump(exclude={"threads", "lanes"})
-    return chosen.threads, chosen.lanes
+def test_a_small_version_gets_a_lane_for_each_core_and_is_opened_once(store, caplog):
+    with caplog.at_level("INFO", "portcullis"):
+        assert opened(store, Settings()) == ([1], cores())
+    assert f"{cores()} lanes of one thread" in caplog.text
 
 
-def test_a_small_version_gets_a_lane_for_each_core_and_a_large_one_all_cores(engine):
-    assert seconds_alone(engine, SHAPE) < SMALL_SECONDS
-    assert used(Settings(), engine) == (1, os.cpu_count())
-    assert used(Settings(), Slowed(engine, SMALL_SECONDS)) == (0, 0)
+def test_a_large_version_gets_every_core(store, caplog):
+    with caplog.at_level("INFO", "portcullis"):
+        assert opened(store, Settings(), Slowed) == ([1, 0], 1)
+    assert "every core computes each batch" in caplog.text
 
 
-def test_it_is_timed_as_it_would_be_computed(engine):
-    asked = []
-    with_cores(Settings(), lambda shared: asked.append(shared.threads) or engine, SHAPE)
-    assert asked == [1]
+@pytest.mark.parametrize(("given", "threads", "lanes"), [({"threads": 2}, 2, 1), ({"lanes": 3}, 0, 3)])
+def test_what_is_set_stands(store, given, threads, lanes):
+    assert opened(store, Settings(**given)) == ([threads], lanes)
 
 
-@pytest.mark.parametrize("given", [{"threads": 2}, {"lanes": 3}, {"device": "cuda"}, {"engine": "torch"}])
-def test_what_is_set_stands_and_nothing_is_timed(given):
-    settings = Settings(**given)
-    assert with_cores(settings, lambda _: pytest.fail("opened"), SHAPE) is settings
+@pytest.mark.parametrize("given", [{"device": "cuda"}, {"engine": "torch"}])
+def test_other_engines_and_devices_are_left_what_they_take(store, given):
+    assert opened(store, Settings(**given)) == ([0], 1)
 
 
 def test_an_engine_that_fails_is_no_small_one(store):
     fragile = OnnxEngine(store / "models" / "fragile" / "1" / "model.onnx", ["logits"], threads=1)
+    assert seconds_alone(fragile, SHAPE) < 1
     assert seconds_alone(fragile, (2, 16, 16)) == float("inf")
-    assert used(Settings(), fragile) == (1, os.cpu_count())
-    assert with_cores(settings := Settings(), lambda _: fragile, (2, 16, 16)) is settings
+
+
+@pytest.mark.parametrize(("given", "lanes"), [({"threads": 0}, cores()), ({"lanes": 3}, 3), ({"threads": 1}, 1)])
+async def test_a_gateway_has_as_many_threads_for_a_model_as_lanes(gateway, dark, given, lanes):
+    async with gateway(models="digits", **given) as visitor:
+        assert (await visitor.outputs("digits", dark(1), ["verdict"]))["verdict"]
+        assert [thread.name for thread in threading.enumerate()].count("model-digits") == lanes
