@@ -14,7 +14,7 @@ import numpy as np
 from service.metrics import Metrics, Timed
 from service.pixels import as_batch
 
-LONE_SECONDS = 0.002
+LONE_SECONDS = 0.005
 """A lone image is computed on the event loop where the last one took at most so long: longer, and it saves little."""
 
 CALM_TURNS = 3
