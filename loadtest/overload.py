@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from loadtest.connections import Address, Message
-from loadtest.drivers import Spacing, arrivals, closed_loop, drive, in_stages, open_loop
+from loadtest.drivers import arrivals, closed_loop, drive, in_stages, open_loop
 from loadtest.image_sets import ImageSet, traffic
 from loadtest.messages import Body
 from loadtest.runs import OK, TOO_MANY, Run
@@ -73,7 +73,6 @@ def main(
     steady_seconds: Annotated[float, typer.Option(help="How long 80 % last.", min=0.5)] = 300,
     over_seconds: Annotated[float, typer.Option(help="How long 150 % last.", min=0.5)] = 60,
     recovery_seconds: Annotated[float, typer.Option(help="How long the recovery is watched.", min=1)] = 20,
-    spacing: Annotated[Spacing, typer.Option(help="Independent clients, or one every 1/rate seconds.")] = "exponential",
     setting: Annotated[list[str] | None, typer.Option(help="A setting of the gateway, as name=value.")] = None,
 ) -> None:
     """Run the acts and print what they showed."""
@@ -90,7 +89,6 @@ def main(
                 concurrency=concurrency,
                 connections=connections,
                 seconds=(capacity_seconds, steady_seconds, over_seconds, recovery_seconds),
-                spacing=spacing,
                 told=partial(typer.echo, err=True),
             )
     verdicts = judge(acts)
@@ -154,7 +152,6 @@ def play(
     concurrency: int,
     connections: int,
     seconds: tuple[float, float, float, float],
-    spacing: Spacing = "exponential",
     told: Callable[[str], None],
 ) -> Acts:
     """Play the acts, each for its seconds; the rates follow from the first, at most so many connections are open.
@@ -164,7 +161,7 @@ def play(
     """
     address = Address.of(server.url)
     drive(closed_loop(address, messages, concurrency=concurrency, seconds=min(WARM_UP_SECONDS, seconds[0])))
-    capacity = _capacity(address, messages, concurrency, connections, seconds[0], spacing)
+    capacity = _capacity(address, messages, concurrency, connections, seconds[0])
     least = least_rate(capacity, seconds[0])
     if least == 0:
         got = f"{capacity.summary()['statuses']}, with {WINDOW_SECONDS:g} s of none"
@@ -174,9 +171,11 @@ def play(
     _, steady_for, over_for, recovery_for = seconds
     told(f"80 % for {steady_for:g} s")
     with memory_over_time(server, min(1.0, steady_for / 4)) as steady_held:
-        steady = drive(open_loop(address, messages, arrivals(below, steady_for, spacing), connections=connections))
+        steady = drive(
+            open_loop(address, messages, arrivals(below, steady_for, "exponential"), connections=connections)
+        )
     told(f"150 % for {over_for:g} s, then 80 % for {recovery_for:g} s")
-    moments = in_stages([(above, over_for), (below, recovery_for)], spacing)
+    moments = in_stages([(above, over_for), (below, recovery_for)])
     with memory_over_time(server, min(1.0, over_for / 4)) as over_held:
         both = drive(open_loop(address, messages, moments, connections=connections))
     ended = steady_held.ended or over_held.ended
@@ -191,14 +190,12 @@ def play(
     )
 
 
-def _capacity(
-    address: Address, messages: Sequence[Message], concurrency: int, connections: int, seconds: float, spacing: Spacing
-) -> Run:
+def _capacity(address: Address, messages: Sequence[Message], concurrency: int, connections: int, seconds: float) -> Run:
     """Return an open loop at the rate that a closed one brings about; the closed one where that is none."""
     in_step = drive(closed_loop(address, messages, concurrency=concurrency, seconds=min(CLOSED_SECONDS, seconds)))
     if not in_step.rate:
         return in_step
-    return drive(open_loop(address, messages, arrivals(in_step.rate, seconds, spacing), connections=connections))
+    return drive(open_loop(address, messages, arrivals(in_step.rate, seconds, "exponential"), connections=connections))
 
 
 def least_rate(run: Run, seconds: float) -> float:

@@ -43,6 +43,7 @@ def opened_in_cores(
             logger.info("One thread answers an image in %.1f ms: %d lanes of one thread.", 1000 * seconds, cores())
             return source, engine, cores()
         logger.info("One thread answers an image in %.1f ms: every core computes each batch.", 1000 * seconds)
+        del source, engine  # a large version is not held in memory twice
     source = source_of(settings)
     engine = open_engine(source)
     return source, engine, settings.lanes or engine.lanes
