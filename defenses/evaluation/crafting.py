@@ -71,6 +71,13 @@ class Workshop:
         """Whether anything is crafted on substitutes of the defenses."""
         return "transfer" in self.plan.scenarios and any(suits(each, "transfer") for each in self.crafted)
 
+    @property
+    def must_break(self) -> frozenset[str]:
+        """The names of what must turn a bare classifier's answers: all but the smaller budgets of a sweep."""
+        smaller = {each.name for sweep in self.sweeps if sweep.parameter == "epsilon" for each in sweep.attacks[:-1]}
+        asked = {each.name for each in self.attacks}
+        return frozenset(each.name for each in self.crafted if each.name in asked or each.name not in smaller)
+
     def works(self, substitutes: Mapping[str, StandIn]) -> dict[Work, Crafting]:
         """Return all that has to be crafted; what comes twice is crafted once, since it is kept by its content.
 
@@ -93,7 +100,7 @@ class Workshop:
                 yield Work(RESULT, "B", each.name, defense.name), self._on_defense(each, defense, count)
 
     def _checked(self) -> Iterator[tuple[Work, Crafting]]:
-        for each in distinct([*self.attacks, *(sweep.attacks[-1] for sweep in self.sweeps)]):
+        for each in self.crafted:
             yield Work(UNDEFENDED, "A", each.name, None), self._on_nothing(each, CHECKED)
             yield Work(REPEATED, "A", each.name, None), self._on_nothing(each, SHARD, repeated=True)
         if "B" not in self.plan.scenarios or not self.crafted:
@@ -103,7 +110,7 @@ class Workshop:
                 Work(RESULT, "B", ANOTHER_IMAGE, defense.name),
                 self._on_defense(attack(ANOTHER_IMAGE), defense, CHECKED),
             )
-            for each in self.attacks:
+            for each in self.crafted:
                 if suits(each, "B"):
                     yield from self._with_more_effort(each, defense)
 

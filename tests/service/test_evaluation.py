@@ -120,9 +120,18 @@ def test_each_row_names_the_checks_that_looked_at_it(report):
     on_the_defense = {"turns answers of the defense", "knowing the defense helps the attacker"}
     assert set(row["checked"]) == both | on_the_defense | {"more effort wins no more"}
     assert set(row_of(report, "digits@2", "A", PGD)["checked"]) == both
+
+
+def test_every_value_of_a_sweep_is_checked_but_only_the_largest_budget_must_break(report):
     sweeps = {(sweep["defense"], sweep["scenario"]): sweep for sweep in report["sweeps"]}
-    assert sweeps["digits@2", "A"]["unchecked"] == [True, True, False], "the largest value alone is tried undefended"
-    assert sweeps["digits@2", "B"]["unchecked"] == [False, False, False]
+    swept = sweeps["digits@2", "B"]["attacks"]
+    for scenario in "AB":
+        assert sweeps["digits@2", scenario]["unchecked"] == [False, False, False]
+    breaks = "breaks the undefended classifier"
+    assert [breaks in row_of(report, "digits@2", "A", name)["checked"] for name in swept] == [False, False, True]
+    for name in swept:
+        on_the_defense = {"repeats from its seed", "turns answers of the defense", "more effort wins no more"}
+        assert set(row_of(report, "digits@2", "B", name)["checked"]) >= on_the_defense
 
 
 def test_rows_that_no_check_looked_at_are_marked(nip_store):

@@ -142,7 +142,7 @@ def measured(store, dataset, tmp_path_factory) -> Evaluated:
 
 @pytest.fixture(scope="module")
 def evaluated(measured) -> Evaluated:
-    """The same, beside a row of a paper; of one attack, and of one row, a check is made to fail."""
+    """The same, beside a row of a paper; a check of one attack and one of a row fail, and some rows have none."""
     attack, scenario = PLAN.attacks[1], "B"
     failed = (
         Check("repeats from its seed", False, f"{attack} gives other examples <b>twice</b>.", None, "A", (attack,)),
@@ -156,8 +156,14 @@ def evaluated(measured) -> Evaluated:
         else replace(row, untrusted=())
         for row in measured.report.rows
     )
+    least = measured.report.sweeps[0].attacks[0]
+    rows = tuple(replace(row, checked=()) if (row.scenario, row.attack) == ("A", least) else row for row in rows)
+    sweeps = tuple(
+        replace(sweep, unchecked=(sweep.scenario == "A", *sweep.unchecked[1:])) for sweep in measured.report.sweeps
+    )
     passed = tuple(replace(check, passed=None if check.passed is None else True) for check in measured.report.checks)
-    report = replace(measured.report, rows=rows, checks=(*passed, *failed), published=(PUBLISHED,))
+    checks = (*passed, *failed)
+    report = replace(measured.report, rows=rows, sweeps=sweeps, checks=checks, published=(PUBLISHED,))
     return replace(measured, report=report)
 
 
