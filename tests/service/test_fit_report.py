@@ -253,10 +253,12 @@ def test_the_scores_that_are_shown_are_those_that_were_measured(report, fitted):
     assert float((look.scores > fitted.protected.threshold).double().mean()) == row.alerted
     assert len(histogram["edges"]) == BINS + 1
     assert sorted(histogram["edges"]) == histogram["edges"]
-    # The detector's curve passes through the share that is alerted.
+    # The detector's curve passes through the share that is alerted: more is at equal false positives at best.
     assert attack["detector_curve"][0] == [0, 0]
-    at_threshold = max(share for rate, share in attack["detector_curve"] if rate <= fitted.clean.false_positive_rate)
-    assert at_threshold == pytest.approx(row.alerted, abs=0.02)
+    realised = fitted.clean.false_positive_rate
+    with_fewer = max(share for rate, share in attack["detector_curve"] if rate < realised)
+    at_most = max(share for rate, share in attack["detector_curve"] if rate <= realised)
+    assert with_fewer - 0.02 <= row.alerted <= at_most + 0.02
 
 
 def test_the_samples_are_the_first_that_fool_the_classifier(report, fitted):

@@ -295,7 +295,8 @@ def test_the_table_tells_each_defense_beside_its_controls(fitted, tmp_path):
     for name, of in (("response to Gaussian noise", "response (benign only)"), ("as printed, Gaussian", "as printed")):
         assert rows[name]["control_of"] == of
         for each, below in rows[name]["below"].items():
-            assert below["mean"] == pytest.approx(rows[of]["right"][each]["rate"] - rows[name]["right"][each]["rate"])
+            difference = rows[of]["right"][each]["rate"] - rows[name]["right"][each]["rate"]
+            assert below["mean"] == pytest.approx(difference, abs=1e-6)
             assert below["interval"][0] <= below["mean"] <= below["interval"][1]
     behind = [name for name, row in rows.items() if row["control_of"] == "correction (behind alerts)"]
     assert sum("same loss" in name for name in behind) == 2
