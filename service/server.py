@@ -24,7 +24,8 @@ DRAIN_SECONDS = 0.5
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then finish what was accepted and return.
 
-    Raises ``SystemExit`` when the start fails, and when the stop leaves accepted alerts unwritten.
+    Raises what the start fails with, and ``SystemExit`` when the address cannot be had or when the stop leaves accepted
+    alerts unwritten.
     """
     # Without a seed the runtime's noise starts from the clock, which an attacker can guess.
     onnxruntime.set_seed(secrets.randbits(62))
@@ -32,7 +33,8 @@ def run(settings: Settings) -> None:
     # uvicorn raises the signal again once it has stopped; a stop that was asked for is no failure.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    drain = Drain(create_app(settings))
+    startup = Startup(create_app(settings))
+    drain = Drain(startup)
     config = uvicorn.Config(
         drain,
         host=settings.host,
@@ -48,9 +50,38 @@ def run(settings: Settings) -> None:
         timeout_graceful_shutdown=settings.shutdown_seconds,
     )
     server = _Server(config, drain)
-    server.run()
+    try:
+        server.run()
+    except SystemExit:
+        if startup.failure is None:
+            raise
+        raise startup.failure from None
     if server.lifespan.should_exit:
         raise SystemExit(1)
+
+
+class Startup:
+    """Keep the error that the start fails with as ``failure``, whose traceback would otherwise be all that is told."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self.failure: Exception | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        failed = False
+
+        async def without_traceback(message: Message) -> None:
+            nonlocal failed
+            if message["type"] == "lifespan.startup.failed":
+                failed, message = True, {**message, "message": ""}
+            await send(message)
+
+        try:
+            await self.app(scope, receive, without_traceback if scope["type"] == "lifespan" else send)
+        except Exception as error:
+            if failed:
+                self.failure = error
+            raise
 
 
 class Drain:

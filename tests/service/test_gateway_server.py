@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import os
 import shutil
 import signal
 import socket
 import sqlite3
 import struct
 import subprocess
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import torch
 import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
@@ -90,6 +93,29 @@ def test_the_protocols_own_client_is_told_what_it_did_wrong(triton_client, dark)
     assert caught.value.status() == "400"
     with pytest.raises(InferenceServerException, match="No model letters is in service"):
         triton_client.get_model_metadata("letters")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "told"),
+    [
+        ("DATABASE", "nowhere", "The alert log cannot live in the database given: its URL cannot be read."),
+        ("DATABASE", "sqlite:///alerts.db", "an async driver is needed, such as sqlite+aiosqlite"),
+        ("DEVICE", "cuda", "Asked to run on cuda, but ONNX Runtime offers only CPUExecutionProvider."),
+    ],
+)
+def test_a_start_that_fails_is_told_in_a_sentence(setting, value, told, tmp_path):
+    if value == "cuda" and torch.cuda.is_available():
+        pytest.skip("There is a GPU here.")
+    command = [sys.executable, "-c", "from service.cli import app; app()", "serve", "--port", "0"]
+    environment = os.environ | {
+        "PORTCULLIS_DATABASE": f"sqlite+aiosqlite:///{tmp_path / 'alerts.db'}",
+        f"PORTCULLIS_{setting}": value,
+    }
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "portcullis: " in done.stderr
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def curl(*arguments: str | Path) -> dict[str, object]:
