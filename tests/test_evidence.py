@@ -105,6 +105,15 @@ def test_two_fits_of_the_same():
         crafted_on_the_classifier(cells, name, defense)
 
 
+def test_beside_the_published_figures():
+    published = report("classifier-known")["published"]
+    measured = ("coophance", "feature-squeezing", "lid", "magnet")
+    for cells, method in zip(table("Beside the published figures"), measured, strict=True):
+        of = {row["attack"]: row["published_resisted"] for row in published if row["method"] == method}
+        for cell, attack in zip(cells, SIX, strict=True):
+            told(cell, *percent(of[attack]))
+
+
 def test_a_growing_confidence():
     distances, right, alerted, resisted = table("Examples that are surer of themselves")
     for number, row in enumerate(swept("confidence", "resnet20@2")):
@@ -189,9 +198,11 @@ def test_label_and_score_together():
 
 
 def test_adversarial_training():
-    right, distances, _ = table("Another classifier: adversarial training")
+    right, distances, published_weights = table("Another classifier: adversarial training")
     of = rows("adversarial", "resnet20-adversarial@1")
+    bare = rows("defense-known", "resnet20@1") | rows("classifier-known", "resnet20@1")
     for number, attack in enumerate(("fgsm", "pgd", "mi-fgsm", "pgd-stop", "deepfool", "cw")):
         told(right[number], *percent(1 - of[attack]["fooling"] / of[attack]["attempted"]))
         marked(right[number], of[attack])
         told(distances[number], of[attack]["distortion_l2"])
+        told(published_weights[number], bare[attack]["distortion_l2"])
