@@ -41,10 +41,10 @@ SPEC = InputSpec(shape=(3, 8, 8), mode="RGB")
 GREY = InputSpec(shape=(1, 8, 8), mode="L")
 
 needs_cifar10 = pytest.mark.skipif(
-    not (PUBLISHED / "cifar10" / "test.zip").exists(), reason="the CIFAR-10 zips are not beside the repository"
+    not (PUBLISHED / "cifar10" / "test.zip").exists(), reason="The folder of real data and published weights is not here."
 )
 needs_monkeys = pytest.mark.skipif(
-    not (PUBLISHED / "monkeys10" / "val.zip").exists(), reason="the monkey photographs are not beside the repository"
+    not (PUBLISHED / "monkeys10" / "val.zip").exists(), reason="The folder of real data and published weights is not here."
 )
 
 
