@@ -40,12 +40,9 @@ PUBLISHED = Path(__file__).parents[2].parent / "shared" / "data"
 SPEC = InputSpec(shape=(3, 8, 8), mode="RGB")
 GREY = InputSpec(shape=(1, 8, 8), mode="L")
 
-needs_cifar10 = pytest.mark.skipif(
-    not (PUBLISHED / "cifar10" / "test.zip").exists(), reason="The folder of real data and published weights is not here."
-)
-needs_monkeys = pytest.mark.skipif(
-    not (PUBLISHED / "monkeys10" / "val.zip").exists(), reason="The folder of real data and published weights is not here."
-)
+ABSENT = "The folder of real data and published weights is not here."
+needs_cifar10 = pytest.mark.skipif(not (PUBLISHED / "cifar10" / "test.zip").exists(), reason=ABSENT)
+needs_monkeys = pytest.mark.skipif(not (PUBLISHED / "monkeys10" / "val.zip").exists(), reason=ABSENT)
 
 
 def png(seed: int, size: tuple[int, int] = (8, 8)) -> bytes:
