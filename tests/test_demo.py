@@ -14,6 +14,8 @@ from model_store import Store
 from service.demo.build import NAME
 from service.repository import MODELS
 
+pytestmark = pytest.mark.long
+
 PORTCULLIS = [sys.executable, "-c", "from service.cli import app; app()"]
 
 

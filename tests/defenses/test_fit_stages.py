@@ -22,6 +22,8 @@ from defenses.onnx_trace import export_classifier
 from defenses.splits import LabelledImages, Splits
 from defenses.stages import Stages
 
+pytestmark = pytest.mark.long
+
 SHAPE = (1, 16, 16)
 CLASSES = 4
 MOMENTS = 4

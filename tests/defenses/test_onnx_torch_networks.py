@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from defenses.onnx_import import export_classifier
 from defenses.onnx_torch import OnnxModule
 
+pytestmark = pytest.mark.long
+
 Randomised = Callable[[nn.Module], nn.Module]
 ScriptExport = Callable[[nn.Module, Tensor, int], onnx.ModelProto]
 

@@ -21,8 +21,11 @@ from defenses.onnx_import import canonicalise
 from defenses.onnx_trace import export_classifier
 from defenses.protected import ProtectedClassifier
 
+pytestmark = pytest.mark.long
+
 OFF = torch.zeros(())
 SHAPE = (3, 32, 32)
+SMALL = RegulatorConfig(SHAPE, channels=(8,), skip_channels=(4,))
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +34,13 @@ def classifier(randomised) -> Classifier:
     with torch.no_grad():
         network.linear.bias -= network(various(64)).mean(0)
     return Classifier(export_classifier(network, SHAPE)).eval()
+
+
+@pytest.fixture(scope="module")
+def exported(classifier) -> tuple[ProtectedClassifier, onnx.ModelProto]:
+    """A protected classifier of the default Regulator, and its graph; both are only read."""
+    protected = protect(classifier)
+    return protected, export_protected(protected)
 
 
 def various(count: int) -> torch.Tensor:
@@ -101,7 +111,7 @@ def test_the_detector_is_shown_what_both_passes_leave(classifier, inspects):
 def test_a_score_is_held_against_the_threshold_of_the_class_that_is_answered(classifier):
     x = various(64)
     # A fresh residual Regulator changes nothing, so that the answers are as various as the bare ones.
-    config = RegulatorConfig(SHAPE, output="residual", confusion=False)
+    config = replace(SMALL, output="residual", confusion=False)
     with torch.no_grad():
         scores = protect(classifier, config=config, fusion=True)(x, OFF).scores
         low, high = scores.quantile(0.25).item(), scores.quantile(0.75).item()
@@ -174,8 +184,8 @@ def test_graph_equals_torch_in_distribution_with_the_noise_on(classifier):
         assert theirs.std(0).min() > 1e-4
 
 
-def test_graph_draws_fresh_noise_for_every_run_and_every_image(classifier):
-    graph = export_protected(protect(classifier))
+def test_graph_draws_fresh_noise_for_every_run_and_every_image(exported):
+    _, graph = exported
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     x = np.repeat(np.random.default_rng(0).random((1, *SHAPE), np.float32), 2, axis=0)
     (first,), (second,) = (session.run(["logits"], {"image": x}) for _ in range(2))
@@ -184,15 +194,15 @@ def test_graph_draws_fresh_noise_for_every_run_and_every_image(classifier):
 
 
 def test_confusion_that_is_off_leaves_no_noise_in_the_graph(classifier):
-    protected = protect(classifier, config=RegulatorConfig(SHAPE, confusion=False))
+    protected = protect(classifier, config=replace(SMALL, confusion=False))
     graph = export_protected(protected)
     assert not [node for node in graph.graph.node if node.op_type.startswith("Random")]
     x = torch.rand(2, *SHAPE)
     assert np.array_equal(run(graph, x, quiet=False)["logits"], run(graph, x, quiet=False)["logits"])
 
 
-def test_both_passes_share_the_classifiers_weights(classifier):
-    graph = export_protected(protect(classifier))
+def test_both_passes_share_the_classifiers_weights(classifier, exported):
+    _, graph = exported
     own = {tensor.name for tensor in classifier.model.graph.initializer}
     copies = [tensor.name for tensor in graph.graph.initializer if tensor.name.startswith("classifier/")]
     assert sorted(copies) == sorted(f"classifier/{name}" for name in own)
@@ -202,21 +212,21 @@ def test_a_classifier_from_an_older_opset_is_brought_up(randomised, export_by_sc
     old = export_by_script(randomised(cifar_resnet(8)), torch.rand(2, *SHAPE), 17)
     classifier = Classifier(canonicalise(old, normalisation=None)).eval()
     assert {entry.version for entry in classifier.model.opset_import if not entry.domain} == {17}
-    protected = protect(classifier)
+    protected = protect(classifier, config=SMALL)
     check_export(export_protected(protected), protected, torch.rand(3, *SHAPE))
 
 
 def test_a_classifier_from_a_newer_opset_than_the_noise_runs_in_is_brought_down(randomised):
     classifier = Classifier(export_classifier(randomised(cifar_resnet(8)), SHAPE, opset=23)).eval()
-    protected = protect(classifier)
+    protected = protect(classifier, config=SMALL)
     graph = export_protected(protected)
     check_export(graph, protected, torch.rand(3, *SHAPE))
     assert np.isfinite(run(graph, torch.rand(2, *SHAPE), quiet=False)["logits"]).all()
 
 
-def test_a_graph_that_computes_something_else_is_refused(classifier):
+def test_a_graph_that_computes_something_else_is_refused(classifier, exported):
+    _, graph = exported
     protected = protect(classifier)
-    graph = export_protected(protected)
     protected.detector.bias.data += 1
     with pytest.raises(ExportBroken, match="score differs"):
         check_export(graph, protected, torch.rand(3, *SHAPE))
@@ -253,9 +263,11 @@ def test_a_damaged_checkpoint_is_refused_by_name(classifier, tmp_path, damage):
         load_protected(classifier, tmp_path)
 
 
-def test_large_weights_go_to_a_file_beside_the_graph(classifier, tmp_path, monkeypatch):
+def test_large_weights_go_to_a_file_beside_the_graph(exported, tmp_path, monkeypatch):
     monkeypatch.setattr("defenses.onnx_export.EXTERNAL_DATA_BYTES", 1000)
-    protected = protect(classifier)
-    save_graph(export_protected(protected), tmp_path / "model.onnx")
+    protected, graph = exported
+    written = onnx.ModelProto()
+    written.CopyFrom(graph)  # what is written outside a graph is taken out of it
+    save_graph(written, tmp_path / "model.onnx")
     assert (tmp_path / "model.onnx.data").stat().st_size > 1_000_000
     check_export(onnx.load(tmp_path / "model.onnx"), protected, torch.rand(2, *SHAPE))

@@ -47,6 +47,8 @@ from service.http_victim import HttpExamples
 from service.register import Declaration, register
 from service.tables import report_table
 
+pytestmark = pytest.mark.long
+
 CPU = torch.device("cpu")
 SPEC = InputSpec(shape=(1, 16, 16), mode="L", resize="bilinear")
 LID = ("--attack", "fgsm:epsilon=48/255", "--examples", "80", "--references", "60", "--neighbors", "10")

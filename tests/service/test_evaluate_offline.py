@@ -29,6 +29,8 @@ from service.evaluate import Report, measure
 from service.fit import find_classifier
 from service.tables import report_table
 
+pytestmark = pytest.mark.long
+
 CPU = torch.device("cpu")
 SPEC = InputSpec(shape=(1, 32, 32), mode="L", resize="bilinear")
 ATTACKS = ("fgsm:epsilon=48/255", "deepfool:steps=8")

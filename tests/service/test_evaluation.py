@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 from defenses.attacks import ATTACKS
 from service.cli import app
 
+pytestmark = pytest.mark.long
+
 LEAST = "deepfool:steps=5"
 FGSM, PGD = "fgsm:epsilon=8/255", "pgd:epsilon=8/255,step_size=2/255,steps=8"
 BLIND = "pgd-blind:epsilon=8/255,step_size=2/255,steps=8"

@@ -31,6 +31,8 @@ from service.datasets import load_dataset
 from service.fit_coophance import publish_coophance
 from service.fit_job import FitJobs
 
+pytestmark = pytest.mark.long
+
 QUICK = ["--data", "digits", "--examples", "60", "--attack", "fgsm:epsilon=48/255", "--strength", "0.8"]
 QUICK += ["--most-features", "64", "--inverse-penalty", "0.001"]
 TRAINED = [*QUICK, "--epochs", "0.3", "--batch-size", "64", "--channels", "8", "--skip-channels", "4", "--no-flip"]

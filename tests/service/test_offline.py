@@ -22,7 +22,10 @@ from service.cli import app
 from service.datasets import load_dataset
 from service.fit import find_classifier
 
+pytestmark = pytest.mark.long
+
 QUICK = ["--epochs", "1", "--examples", "120", "--attack", "fgsm:epsilon=48/255", "--no-flip"]
+QUICK += ["--channels", "8,16", "--skip-channels", "4,8"]
 
 
 def portcullis(*arguments: str | Path) -> tuple[int, str]:

@@ -29,6 +29,8 @@ from service.fit_draft import loss_findings
 from service.register import Declaration, register
 from service.settings import Settings
 
+pytestmark = pytest.mark.long
+
 DATA = ("--data", "digits")
 COOPHANCE = (*DATA, "--examples", "60", "--attack", "fgsm:epsilon=48/255", "--strength", "0.8", "--epochs", "0.3")
 COOPHANCE += ("--most-features", "64", "--inverse-penalty", "0.001", "--batch-size", "64", "--channels", "8")
