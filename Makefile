@@ -16,7 +16,7 @@ LOCUST = $(VENV)/bin/locust --headless --only-summary --host $(HOST) --images $(
 demo: $(READY)
 	$(VENV)/bin/portcullis demo $(ARGS)
 
-# One process a core, with one thread each; a file's tests stay together, since they share what is costly to make.
+# Processes of one thread each; a file's tests stay together, since they share what is costly to make.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 

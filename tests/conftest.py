@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
+from service.cores import cores
+
 ALLOWED_REASONS = (
     "The folder of real data and published weights is not here.",
     "There is no GPU here.",
@@ -19,6 +21,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="Fail when a test is skipped for another reason than absent data or an absent GPU.",
     )
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than cores: a test of a gateway waits for it a third of the time."""
+    return cores() + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
