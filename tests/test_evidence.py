@@ -97,9 +97,9 @@ def test_crafted_on_the_classifier():
         marked(cells[9], one_pixel)
 
 
-def test_two_fits_of_the_same():
-    measured = table("Once more, on another machine")
-    for cells, name in zip(measured, ("classifier-known", "again"), strict=True):
+def test_three_fits_of_the_same():
+    measured = table("Once more, and trained for as long as by default")
+    for cells, name in zip(measured, ("classifier-known", "again", "default"), strict=True):
         assert len(cells) == 9
         (defense,) = (each for each in report(name)["defenses"] if each["kind"] == "coophance")
         crafted_on_the_classifier(cells, name, defense)
