@@ -157,10 +157,11 @@ def test_a_growing_budget_on_the_defense():
         told(distance, row["distortion_l2"])
 
 
-def by_attack(lines: list[list[str]], name: str, defense: str) -> None:
-    """Hold what a table tells of one defense, an attack a line."""
+def by_attack(lines: list[list[str]], name: str, defense: str, attempts: int) -> None:
+    """Hold what a table tells of one defense, an attack a line, each of so many attempts."""
     measured = [row for row in rows(name, defense).values() if row["attack"] != "other-image"]
     for cells, row in zip(lines, measured, strict=True):
+        assert row["attempted"] == attempts
         with_interval(cells[0], row)
         marked(cells[0], row)
         told(cells[1], *percent(row["corrected"]["mean"]))
@@ -169,11 +170,11 @@ def by_attack(lines: list[list[str]], name: str, defense: str) -> None:
 
 
 def test_a_thousand_attempts_on_the_defense():
-    by_attack(table("A thousand attempts each"), "default-defense-known", "resnet20@3")
+    by_attack(table("A thousand attempts each"), "default-defense-known", "resnet20@3", 1000)
 
 
 def test_without_gradients():
-    by_attack(table("Without gradients"), "black", "resnet20@2")
+    by_attack(table("Without gradients"), "black", "resnet20@2", 200)
 
 
 def test_nip_end_to_end():
